@@ -1,0 +1,355 @@
+"""One decoder-only GPT: the student, the teacher and the base are all instances of this file.
+
+Wide enough to hold GPT-2 (LayerNorm, learned positions, GELU, biases, tied head) and the Llama / Qwen
+family (RMSNorm, rotary positions, SwiGLU, grouped-query heads, q/k norm): each difference is one field of
+`GPTConfig`. What the config cannot represent is refused by name, never approximated. Left out:
+mixture of experts, sliding windows, quantization, more than one device.
+
+Three ideas carry the file:
+  hidden, then project   `hidden` gives (B, T, D); only the positions that need a prediction go through `head`.
+  slot = position        The KV cache keeps the token at position p in slot p. Prompts of different lengths are
+                         padded on the right; a pad sits in a slot that no query may see until a real
+                         token has overwritten it. No position ids, no padding mask.
+  shared prefix          A context that all rows share is read once, as one row, and never copied per row.
+
+Dimension key
+  B batch   T tokens in this call   S cache slots   P tokens of the shared prefix   V vocabulary
+  D model width   F MLP width   H query heads   K key/value heads   G = H/K query heads per key head   E head width
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ------------------------------------------------------------------------------------------------ config
+@dataclass(frozen=True)
+class GPTConfig:
+    """The defaults are the small modern variant that the built-in world uses (0.6 M parameters)."""
+
+    vocab_size: int
+    n_layer: int = 3
+    d_model: int = 128
+    n_head: int = 4
+    n_kv_head: int = 4                     # fewer than n_head: grouped-query attention
+    head_dim: int = 32                     # need not be d_model / n_head
+    d_ff: int = 384
+    max_len: int = 512                     # position limit: shared prefix + prompt + completion
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    positions: Literal["rotary", "learned"] = "rotary"
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = None       # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    mlp: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    qkv_bias: bool = False
+    out_bias: bool = False                 # of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False                  # RMSNorm over each head's query and key (Qwen3)
+    tied: bool = True                      # the head is the embedding, transposed
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        hints = get_type_hints(GPTConfig)
+        for field in fields(self):
+            value, kind = getattr(self, field.name), hints[field.name]
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                raise ValueError(f"GPTConfig.{field.name}={value!r} is not supported; choose from {', '.join(get_args(kind))}")
+            if kind is int and value < 1:
+                raise ValueError(f"GPTConfig.{field.name}={value} must be at least 1")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"GPTConfig: n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"GPTConfig: rotary positions need an even head_dim, not {self.head_dim}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"GPTConfig.dropout={self.dropout} must be in [0, 1)")
+        if self.rope_scaling and self.rope_scaling.get("rope_type") not in ("linear", "llama3"):
+            raise ValueError(f"GPTConfig.rope_scaling type {self.rope_scaling.get('rope_type')!r} is not supported; choose from linear, llama3")
+
+    def n_params(self) -> int:
+        """The parameter count as a formula; a test holds it against the module."""
+        D, E, H, K, N = self.d_model, self.head_dim, self.n_head, self.n_kv_head, self.n_layer
+        norm = D * (2 if self.norm == "layer" else 1)
+        attention = D * E * (H + 2 * K) + H * E * D + self.qkv_bias * E * (H + 2 * K) + self.out_bias * D + self.qk_norm * 2 * E
+        mats = 3 if self.mlp == "swiglu" else 2
+        mlp = mats * D * self.d_ff + self.mlp_bias * ((mats - 1) * self.d_ff + D)
+        embeddings = self.vocab_size * D * (1 if self.tied else 2) + (self.positions == "learned") * self.max_len * D
+        return embeddings + N * (attention + mlp + 2 * norm) + norm
+
+
+# ---------------------------------------------------------------------------------------------- KV cache
+class KVCache:
+    """Keys and values of what has been read, for decoding and scoring without gradients.
+
+    Row b's token at position p lies in slot p; a query at position p sees the slots <= p. So whatever lies
+    beyond a row's own position (padding, say) is invisible, and is overwritten as the row grows.
+    `prefix` is another cache of a single row (see `GPT.read`); the slots then count from its end.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, prefix: KVCache | None = None):
+        self.config, self.capacity, self.prefix = config, capacity, prefix
+        self.keys: list[Tensor | None] = [None] * config.n_layer       # each (B, K, S, E)
+        self.values: list[Tensor | None] = [None] * config.n_layer
+        self.offset = prefix.used if prefix else 0                     # positions taken by the prefix
+        self.length = torch.zeros(batch, dtype=torch.long)             # tokens read so far, per row
+        self.used = 0                                                  # upper bound of length, known without a device sync
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        """Store this call's k, v (B, K, T, E) in `slots` (B, T), then attend q (B, H, T, E) to all visible slots."""
+        if self.keys[layer] is None:
+            shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
+            self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]      # (B, 1)
+        self.keys[layer][rows, :, slots] = k.transpose(1, 2)           # (B, T, K, E)
+        self.values[layer][rows, :, slots] = v.transpose(1, 2)
+        keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+        visible = torch.arange(self.used, device=k.device) <= slots[..., None]   # (B, T, S)
+        if self.prefix is None:
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
+        return attend_with_prefix(q, self.prefix.keys[layer], self.prefix.values[layer], keys, values, visible)
+
+
+def attend_with_prefix(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """One softmax over [shared prefix ; own slots], equal to attention over their concatenation.
+
+    q (B, H, T, E); prefix_k, prefix_v (1, K, P, E); k, v (B, K, S, E); visible (B, T, S) -> (B, H, T, E).
+    The queries of all rows are laid side by side against the one prefix: a plain matrix product, no (B, K, P, E) copy.
+    """
+    (B, H, T, E), K = q.shape, k.shape[1]
+    G = H // K
+    q = q.reshape(B, K, G * T, E) / math.sqrt(E)                                        # head h uses key head h // G
+    q_flat = q.transpose(0, 1).reshape(K, B * G * T, E)
+    to_prefix = (q_flat @ prefix_k[0].transpose(-1, -2)).view(K, B, G * T, -1).transpose(0, 1)   # (B, K, GT, P)
+    to_own = q @ k.transpose(-1, -2)                                                    # (B, K, GT, S)
+    to_own = to_own.masked_fill(~visible.repeat(1, G, 1)[:, None], float("-inf"))
+    scores = torch.cat([to_prefix, to_own], dim=-1)                                     # (B, K, GT, P + S)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    on_prefix, on_own = weights.split([prefix_k.shape[2], k.shape[2]], dim=-1)
+    out = on_prefix.transpose(0, 1).reshape(K, B * G * T, -1) @ prefix_v[0]             # (K, B·GT, E)
+    out = out.view(K, B, G * T, E).transpose(0, 1) + on_own @ v                         # (B, K, GT, E)
+    return out.reshape(B, H, T, E)
+
+
+# ---------------------------------------------------------------------------------------------- the model
+def rotary_frequencies(config: GPTConfig) -> Tensor:
+    """Angle per position of each pair of dimensions, (E/2,). Scalings: `linear` stretches all wavelengths;
+    `llama3` stretches the long ones, keeps the short ones and blends in between (Llama 3.1)."""
+    freq = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    if scaling["rope_type"] == "linear":
+        return freq / scaling["factor"]
+    original, low, high = scaling["original_max_position_embeddings"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = original * freq / (2 * math.pi)                            # full turns within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / scaling["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout of Hugging Face's Llama. x (B, H, T, E); cos, sin (B or 1, 1, T, E/2)."""
+    a, b = x.chunk(2, dim=-1)                                          # fp32 from here: cos and sin are
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(width, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        D, E, self.n_head, self.n_kv_head = config.d_model, config.head_dim, config.n_head, config.n_kv_head
+        self.q = nn.Linear(D, self.n_head * E, bias=config.qkv_bias)
+        self.k = nn.Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
+        self.v = nn.Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
+        self.out = nn.Linear(self.n_head * E, D, bias=config.out_bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int, slots: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q(x).view(B, T, self.n_head, -1)).transpose(1, 2)       # (B, H, T, E)
+        k = self.k_norm(self.k(x).view(B, T, self.n_kv_head, -1)).transpose(1, 2)    # (B, K, T, E)
+        v = self.v(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        if rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache:
+            y = cache.attend(layer, q, k, v, slots)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=self.n_head != self.n_kv_head)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))                         # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        D, F_, bias = config.d_model, config.d_ff, config.mlp_bias
+        self.gate = nn.Linear(D, F_, bias=bias) if config.mlp == "swiglu" else None
+        self.up, self.down = nn.Linear(D, F_, bias=bias), nn.Linear(F_, D, bias=bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gate else self.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.norm1, self.norm2 = make_norm(config, config.d_model), make_norm(config, config.d_model)
+        self.attention, self.mlp = Attention(config), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *where) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), *where))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_position = nn.Embedding(config.max_len, config.d_model) if config.positions == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config, config.d_model)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:                                    # GPT-2's init: 0.02 at width 768, residual branches smaller
+                std = 0.55 / math.sqrt(config.d_model)
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if residual else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> logits (B, T, V); the logits at t predict token t + 1."""
+        return self.head(self.hidden(ids, cache))
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> states after the final norm (B, T, D): `head` turns the chosen ones into logits.
+
+        With a cache (under no_grad) ids continue each row where it stood, and the cache advances by T.
+        """
+        if ids.dim() != 2:
+            raise ValueError(f"ids must be (B, T), not {tuple(ids.shape)}")
+        (B, T), device = ids.shape, ids.device
+        offset, used = (cache.offset, cache.used) if cache else (0, 0)
+        if offset + used + T > self.config.max_len:
+            raise ValueError(f"{offset + used + T} positions (shared prefix {offset}, read before {used}, new {T}) "
+                             f"exceed the model's limit of {self.config.max_len} by {offset + used + T - self.config.max_len}")
+        slots = torch.arange(T, device=device)[None]                   # (1, T)
+        if cache:
+            if torch.is_grad_enabled():
+                raise RuntimeError("the KV cache is written in place: use it under torch.no_grad()")
+            if used + T > cache.capacity:
+                raise ValueError(f"the KV cache holds {cache.capacity} tokens per row, {used + T} needed")
+            cache.length = cache.length.to(device)
+            slots = slots + cache.length[:, None]                      # (B, T)
+            cache.used += T
+        positions = slots + offset
+        x = self.embed(ids)                                            # (B, T, D)
+        rope = None
+        if self.embed_position:
+            x = x + self.embed_position(positions)
+        else:
+            angles = (positions[..., None] * self.frequencies)[:, None]   # (B or 1, 1, T, E/2), fp32
+            rope = angles.cos(), angles.sin()
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, cache, layer, slots)
+        if cache:
+            cache.length = cache.length + T
+        return self.norm(x)
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> KVCache:
+        """Read a context once: the cache to hand as `prefix` to any batch that starts with it."""
+        cache = KVCache(self.config, 1, len(ids))
+        with evaluating(self):
+            self.hidden(torch.tensor([list(ids)], device=self.device), cache)
+        return cache
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float | None = None, eos: Collection[int] = (), generator: torch.Generator | None = None, prefix: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Continue each prompt -> (ids, mask), both (B, N) with N <= max_new_tokens.
+
+        A row ends at its first token in `eos`; `mask` is True up to and including it, False after. Temperature 0 is
+        greedy; then a row's tokens do not depend on the rest of the batch. Sampling is reproducible from `generator`.
+        With `prefix`, every prompt continues that shared context. Dropout is off.
+        """
+        if not prompts or not all(len(p) for p in prompts):
+            raise ValueError("generate needs at least one prompt, and a token in each")
+        if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"generate: max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1 are required, not "
+                             f"{max_new_tokens}, {temperature}, {top_k}, {top_p}")
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        ids = pad_right(prompts).to(self.device)                       # (B, L)
+        eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=self.device)
+        B, L = ids.shape
+        cache = KVCache(self.config, B, L + max_new_tokens, prefix)
+        with evaluating(self):
+            h = self.hidden(ids, cache)[torch.arange(B, device=self.device), lengths - 1]   # (B, D) at each prompt's last token
+            cache.length = lengths                                     # the padding is forgotten: its slots will be overwritten
+            running = torch.ones(B, dtype=torch.bool, device=self.device)
+            tokens, mask = [], []
+            while True:
+                token = sample(self.head(h).float(), temperature, top_k, top_p, generator)  # (B,)
+                tokens.append(token * running)                         # rows that have ended are filled with 0
+                mask.append(running)
+                running = running & ~torch.isin(token, eos_ids)
+                if len(tokens) == max_new_tokens or not running.any():
+                    return torch.stack(tokens, dim=1), torch.stack(mask, dim=1)
+                h = self.hidden(tokens[-1][:, None], cache)[:, 0]
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+    """logits (B, V) -> token (B,). top_k / top_p change the policy: rollouts are then off-policy for the divergence."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None:
+        probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        outside = (probs.cumsum(-1) - probs >= top_p).scatter(1, order, probs.cumsum(-1) - probs >= top_p)
+        logits = logits.masked_fill(outside, float("-inf"))            # the token that crosses top_p stays in
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """Ragged rows -> (B, longest), filled on the right. What the fill is does not matter: no causal query sees it."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(list(row), dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
+
+
+class evaluating:
+    """`with evaluating(model)`: dropout off inside, the previous mode restored after."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.was_training = model, model.training
+
+    def __enter__(self):
+        self.model.eval()
+
+    def __exit__(self, *error):
+        self.model.train(self.was_training)

@@ -1,0 +1,260 @@
+"""The GPT: cache, padding, causality, prefix, sampling, limits, and parity with transformers' Llama, Qwen3 and GPT-2."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from conftest import tiny_gpt
+from model import GPT, GPTConfig, KVCache, pad_right, rotary_frequencies, sample
+
+VARIANTS = {
+    "modern": {},
+    "one key head, odd head width, q/k norm": dict(n_kv_head=1, head_dim=10, qk_norm=True),
+    "gpt2": dict(norm="layer", positions="learned", mlp="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True, n_kv_head=4, head_dim=4),
+    "untied, biased, linear rope": dict(tied=False, qkv_bias=True, rope_scaling={"rope_type": "linear", "factor": 2.0}),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    return tiny_gpt(**VARIANTS[request.param])
+
+
+def random_ids(*shape, seed=0):
+    return torch.randint(0, 23, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# ----------------------------------------------------------------------------------------- forward and cache
+def test_parameter_count_formula(model):
+    assert model.config.n_params() == sum(p.numel() for p in model.parameters())
+
+
+def test_causality(model):
+    ids = random_ids(2, 9)
+    changed = ids.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 23
+    before, after = model(ids), model(changed)
+    close(before[:, :5], after[:, :5])
+    assert (before[:, 5:] - after[:, 5:]).abs().amax(dim=(0, 2)).min() > 1e-6     # and everything from 5 on does change
+
+
+def test_order_matters(model):
+    ids = random_ids(1, 9)
+    assert (model(ids)[0, -1] - model(ids[:, [1, 0, *range(2, 9)]])[0, -1]).abs().max() > 1e-6
+
+
+def test_project_only_what_is_needed(model):
+    ids = random_ids(2, 9)
+    close(model.head(model.hidden(ids)[:, 3]), model(ids)[:, 3])
+
+
+@pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 3, 1)])
+@torch.no_grad()
+def test_cached_equals_uncached(model, pieces):
+    ids = random_ids(3, 9)
+    cache = KVCache(model.config, 3, 12)
+    close(torch.cat([model(part, cache) for part in ids.split(pieces, dim=1)], dim=1), model(ids))
+
+
+@pytest.mark.parametrize("length", [1, 7])
+@torch.no_grad()
+def test_shared_prefix_equals_concatenated_prefix(model, length):
+    prefix, ids = random_ids(length, seed=1), random_ids(3, 9)
+    whole = model(torch.cat([prefix.expand(3, -1), ids], dim=1))[:, length:]
+    cache = KVCache(model.config, 3, 9, prefix=model.read(prefix.tolist()))
+    close(torch.cat([model(part, cache) for part in ids.split([5, 1, 3], dim=1)], dim=1), whole)
+
+
+@torch.no_grad()
+def test_shared_prefix_is_stored_once():
+    model = tiny_gpt()
+    prefix = model.read(random_ids(40).tolist())
+    cache = KVCache(model.config, 16, 3, prefix)
+    model(random_ids(16, 3), cache)
+    assert cache.prefix.keys[0].shape == (1, 2, 40, 6) and cache.keys[0].shape == (16, 2, 3, 6)
+
+
+@torch.no_grad()
+def test_right_padding_changes_nothing(model):
+    rows = [random_ids(n, seed=n).tolist() for n in (3, 9, 6)]
+    for fill in (0, 17):
+        logits = model(pad_right(rows, fill))
+        for row, out in zip(rows, logits):
+            close(out[: len(row)], model(torch.tensor([row]))[0])
+
+
+# ------------------------------------------------------------------------------------------------- generate
+def naive_greedy(model, prompt, n, eos=()):
+    ids = list(prompt)
+    while len(ids) - len(prompt) < n:
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] in eos:
+            break
+    return ids[len(prompt):]
+
+
+@torch.no_grad()
+def test_greedy_rows_do_not_depend_on_the_batch(model):
+    prompts = [random_ids(n, seed=10 + n).tolist() for n in (2, 11, 5, 1)]
+    ids, mask = model.generate(prompts, 8, temperature=0)
+    assert mask.all()
+    for prompt, row in zip(prompts, ids.tolist()):
+        assert row == naive_greedy(model, prompt, 8)
+        assert row == model.generate([prompt], 8, temperature=0)[0][0].tolist()
+    with_prefix = [random_ids(6, seed=3).tolist() + p for p in prompts]
+    ids, _ = model.generate(prompts, 8, temperature=0, prefix=model.read(with_prefix[0][:6]))
+    assert ids.tolist() == [naive_greedy(model, p, 8) for p in with_prefix]
+
+
+@torch.no_grad()
+def test_logits_during_decoding_equal_scoring(model):
+    """Teacher-forcing the generated row through one plain forward gives the same choices: no position is off by one."""
+    prompts = [random_ids(n, seed=20 + n).tolist() for n in (7, 2)]
+    ids, _ = model.generate(prompts, 6, temperature=0)
+    for prompt, row in zip(prompts, ids.tolist()):
+        assert model(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1].argmax(-1).tolist() == row
+
+
+@torch.no_grad()
+def test_eos_is_in_the_mask_and_ends_row_and_batch():
+    model = tiny_gpt(seed=4)
+    prompts = [random_ids(n, seed=30 + n).tolist() for n in (4, 9, 6)]
+    free = [naive_greedy(model, p, 12) for p in prompts]
+    eos = {free[0][2], free[1][5]}
+    expected = [naive_greedy(model, p, 12, eos) for p in prompts]
+    ids, mask = model.generate(prompts, 12, temperature=0, eos=eos)
+    assert [row[m].tolist() for row, m in zip(ids, mask)] == expected
+    assert mask.shape[1] == max(map(len, expected))                                # the batch stops with its last row
+    assert (ids[~mask] == 0).all() and expected[0][-1] in eos and len(expected[0]) <= 3
+
+
+def test_sampling_is_reproducible_and_follows_the_distribution():
+    model = tiny_gpt().float()
+    prompts = [[1, 2, 3]] * 4000
+    draw = lambda seed, **kw: model.generate(prompts, 1, generator=torch.Generator().manual_seed(seed), **kw)[0][:, 0]
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3]]))[0, -1]
+    for temperature in (1.0, 2.0):
+        frequency = torch.bincount(draw(2, temperature=temperature), minlength=23) / 4000
+        assert (frequency - (logits / temperature).softmax(-1)).abs().max() < 0.035
+    assert set(draw(3, top_k=3).tolist()) == set(logits.topk(3).indices.tolist())
+    assert (draw(4, top_k=1) == logits.argmax()).all() and (draw(5, top_p=1e-6) == logits.argmax()).all()
+
+
+def test_top_p_keeps_the_token_that_crosses():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(500, 3)
+    drawn = lambda top_p: set(sample(logits, 1.0, None, top_p, torch.Generator().manual_seed(0)).tolist())
+    assert drawn(0.5) == {0} and drawn(0.6) == {0, 1} and drawn(0.81) == {0, 1, 2}
+
+
+def test_dropout_is_off_in_rollouts_and_comes_back():
+    model = tiny_gpt(dropout=0.5)
+    assert model.training
+    assert (model(random_ids(2, 5)) - model(random_ids(2, 5))).abs().max() > 1e-3
+    rows = [model.generate([[1, 2, 3]], 8, temperature=0)[0].tolist() for _ in range(3)]
+    assert rows[0] == rows[1] == rows[2] == [naive_greedy(copy.deepcopy(model).eval(), [1, 2, 3], 8)]
+    assert model.training
+
+
+# --------------------------------------------------------------------------------------------------- errors
+def test_position_limit_is_a_clear_error(model):
+    with pytest.raises(ValueError, match="70 positions .* limit of 64 by 6"):
+        model(random_ids(1, 70))
+    with pytest.raises(ValueError, match="shared prefix 60"), torch.no_grad():
+        model(random_ids(1, 9), KVCache(model.config, 1, 9, model.read(random_ids(60).tolist())))
+    with pytest.raises(ValueError, match="by 1"):
+        model.generate([random_ids(60).tolist()], 6, temperature=0)               # 60 + 5 tokens are read
+
+
+def test_refusals():
+    for bad, message in [(dict(mlp="relu"), "mlp='relu' is not supported; choose from swiglu"), (dict(n_layer=0), "n_layer=0 must be at least 1"),
+                         (dict(n_kv_head=3), "not a multiple"), (dict(head_dim=5), "even head_dim"), (dict(dropout=1.0), "dropout"),
+                         (dict(rope_scaling={"rope_type": "yarn"}), "'yarn' is not supported")]:
+        with pytest.raises(ValueError, match=message):
+            tiny_gpt(**bad)
+    model = tiny_gpt()
+    for bad in (dict(temperature=-1), dict(top_p=0), dict(top_k=0)):
+        with pytest.raises(ValueError, match="required"):
+            model.generate([[1]], 3, **bad)
+    with pytest.raises(ValueError, match="a token in each"):
+        model.generate([[1], []], 3)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        model(random_ids(1, 3), KVCache(model.config, 1, 3))
+    with pytest.raises(ValueError, match="holds 2 tokens per row, 3 needed"), torch.no_grad():
+        model(random_ids(1, 3), KVCache(model.config, 1, 2))
+    with pytest.raises(ValueError, match=r"\(B, T\)"):
+        model(random_ids(3))
+
+
+# ---------------------------------------------------------------- an independent oracle: transformers' models
+NAMES = {"embed_tokens": "embed", "lm_head": "head", "model.norm": "norm", "layers": "blocks", "self_attn": "attention", "q_proj": "q", "k_proj": "k",
+         "v_proj": "v", "o_proj": "out", "input_layernorm": "norm1", "post_attention_layernorm": "norm2", "gate_proj": "gate", "up_proj": "up",
+         "down_proj": "down"}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("Llama", {}), ("Llama", dict(rope_scaling=LLAMA3)), ("Llama", dict(tied=False, qkv_bias=True, out_bias=True)), ("Qwen3", dict(qk_norm=True)),
+])
+def test_llama_and_qwen_logits_equal_transformers(family, changes):
+    torch.manual_seed(0)
+    scaling = changes.get("rope_scaling") or {"rope_type": "default"}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6, intermediate_size=20,
+        max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=changes.get("tied", True), attention_bias=changes.get("qkv_bias", False),
+        rope_parameters=scaling | {"rope_theta": 500.0})
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    mine = GPT(GPTConfig(23, 2, 16, 4, 2, 6, 20, 64, rope_theta=500.0, **changes)).double()
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        for old, new in NAMES.items():
+            name = name.replace(old, new)
+        state[name.removeprefix("model.")] = tensor
+    mine.load_state_dict(state)
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_gpt2_logits_equal_transformers():
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=23, n_positions=64, n_embd=16, n_layer=2, n_head=4)).double().eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    mine = GPT(GPTConfig(23, 2, 16, 4, 4, 4, 64, 64, norm="layer", positions="learned", mlp="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True)).double()
+    state = theirs.state_dict()
+    for block, i in ((mine.blocks[i], i) for i in range(2)):
+        h = f"transformer.h.{i}."
+        for ours, name in [(block.norm1, "ln_1"), (block.norm2, "ln_2")]:
+            ours.weight.data, ours.bias.data = state[h + name + ".weight"], state[h + name + ".bias"]
+        qkv_w, qkv_b = state[h + "attn.c_attn.weight"].T.chunk(3), state[h + "attn.c_attn.bias"].chunk(3)
+        pairs = list(zip((block.attention.q, block.attention.k, block.attention.v), qkv_w, qkv_b))
+        pairs += [(ours, state[h + name + ".weight"].T, state[h + name + ".bias"])
+                  for ours, name in [(block.attention.out, "attn.c_proj"), (block.mlp.up, "mlp.c_fc"), (block.mlp.down, "mlp.c_proj")]]
+        for ours, weight, bias in pairs:
+            ours.weight.data, ours.bias.data = weight.contiguous(), bias
+    mine.embed.weight.data, mine.embed_position.weight.data = state["transformer.wte.weight"], state["transformer.wpe.weight"]
+    mine.head.weight = mine.embed.weight
+    mine.norm.weight.data, mine.norm.bias.data = state["transformer.ln_f.weight"], state["transformer.ln_f.bias"]
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        close(mine(ids), theirs(ids).logits)
+
+
+def test_llama3_frequencies_by_hand():
+    """Short wavelengths stay, long ones stretch by the factor."""
+    config = GPTConfig(23, head_dim=8, rope_theta=10_000.0, rope_scaling=LLAMA3)
+    plain = rotary_frequencies(GPTConfig(23, head_dim=8, rope_theta=10_000.0))
+    assert plain.tolist() == pytest.approx([1, 0.1, 0.01, 0.001])
+    turns = 16 * 1 / (2 * torch.pi)                                                # 2.546 of the band 1..4: a blend
+    keep = (turns - 1) / 3
+    assert rotary_frequencies(config).tolist() == pytest.approx([keep + (1 - keep) / 8, 0.1 / 8, 0.01 / 8, 0.001 / 8])

@@ -1,0 +1,588 @@
+"""Train: pretrain the small base, then compile each kind of context into its weights, beside SFT on the same task.
+
+    python train.py                                            the whole story: 4 kinds of context x (COSD, SFT)
+    python train.py --context instructions --divergence jsd    one kind
+    python train.py --resume                                   go on after Ctrl-C, kill, or a power cut
+
+A method is two choices: who writes the completion, and what is minimised on its tokens.
+
+    method    who writes y               objective per token
+    sft       the expert                 cross-entropy
+    offline   the teacher, given C       the divergence (offline context distillation)
+    gkd       student with probability   the divergence (arXiv:2306.13649)
+              λ, else the expert
+    cosd      the student, without C     the divergence
+
+Everything random in step s is seeded by (seed, s), so weights, optimizer and step number are the whole state of a run:
+a resumed run equals an uninterrupted one. Left out: several devices, gradient checkpointing, hyper-parameter search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import contexts
+from contexts import END, TASKS, Example, decode, encode, render
+from cosd import DIVERGENCES, Batch, Teacher, common_prefix, completion_states, cosd_step, forward_kl, jsd, top_k_divergence
+from model import GPT, GPTConfig, pad_right
+
+METHODS = ("cosd", "sft", "offline", "gkd")
+
+
+# ================================================================================================ 1. config
+@dataclass(frozen=True)
+class Config:
+    # what to learn, and how
+    context: Literal["all", "demonstrations", "specification", "instructions", "privileged"] = "all"
+    method: Literal["all", "cosd", "sft", "offline", "gkd"] = "all"            # all: cosd and sft
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "policy_gradient"] = "forward_kl"
+    beta: float = 0.5                      # of jsd
+    top_k: int = 0                         # 0: the full vocabulary; else the student's top k and a tail bucket
+    teacher: Literal["frozen", "ema", "live"] = "frozen"
+    ema_rate: float = 0.02
+    gkd_lambda: float = 0.5                # share of on-policy steps under gkd
+    anchors: float | None = None           # share of the batch under other contexts; default 0.5, for sft 0
+    steps: int = 120
+    batch: int = 64
+    micro_batch: int = 0                   # 0: the whole batch at once; the result does not depend on it
+    lr: float | None = None                # default 3e-4, for sft 1e-4
+    warmup: int = 10
+    temperature: float = 1.0               # of the rollouts
+    max_new_tokens: int = 24
+    reduction: Literal["token", "sequence"] = "token"
+    skip: int = 0                          # first completion tokens left out of the loss
+    chunk: int = 0                         # rows of logits held at once; 0: all
+    # the base
+    pretrain_steps: int = 2000
+    pretrain_batch: int = 96
+    pretrain_lr: float = 3e-3
+    n_layer: int = 3
+    d_model: int = 128
+    n_head: int = 4
+    # the run
+    seed: int = 0
+    seeds: int = 1                         # how many seeds in a row, from `seed` on: the table then gives mean ± standard deviation
+    device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    eval_size: int = 128                   # held-out prompts, and prompts per probe
+    save_every: int = 100
+    out: str = "out"
+    resume: bool = False
+    preset: Literal["default", "smoke"] = "default"
+
+    def __post_init__(self):
+        hints = get_type_hints(Config)
+        for name, value in asdict(self).items():
+            if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
+                raise ValueError(f"--{name} {value!r} is not a choice; choose from {', '.join(get_args(hints[name]))}")
+        for name in ("steps", "batch", "max_new_tokens", "pretrain_steps", "pretrain_batch", "n_layer", "d_model", "n_head", "seeds", "eval_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("top_k", "micro_batch", "skip", "chunk", "warmup", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        for name, low, high in [("gkd_lambda", 0, 1), ("ema_rate", 0, 1), ("temperature", 0, 100), ("lr", 0, 10), ("pretrain_lr", 0, 10)]:
+            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
+                raise ValueError(f"--{name} {getattr(self, name)} must be between {low} and {high}")
+        if self.anchors is not None and not 0 <= round(self.anchors * self.batch) < self.batch:
+            raise ValueError(f"--anchors {self.anchors} must be a share from 0 up to, not including, 1: at least one prompt of the batch is the task's")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"--beta {self.beta} must lie strictly between 0 and 1; for the ends use --divergence forward_kl or reverse_kl")
+        if self.d_model % self.n_head or self.d_model // self.n_head % 2:
+            raise ValueError(f"--d_model {self.d_model} / --n_head {self.n_head} must be an even whole number, the head width")
+        if self.divergence == "policy_gradient" and (self.top_k or self.chunk):
+            raise ValueError("--divergence policy_gradient looks at sampled tokens only: --top_k and --chunk do not apply")
+
+    def for_method(self, method: str) -> Config:
+        """Fill in the defaults that differ between methods."""
+        sft = method == "sft"
+        return replace(self, method=method, lr=self.lr if self.lr is not None else 1e-4 if sft else 3e-4,
+                       anchors=self.anchors if self.anchors is not None else 0.0 if sft else 0.5)
+
+
+PRESETS = {
+    "default": {},
+    "smoke": dict(pretrain_steps=40, pretrain_batch=32, steps=4, batch=8, n_layer=2, d_model=32, eval_size=8, save_every=20),
+}
+
+
+def parse(argv: list[str] | None) -> Config:
+    """The command line is the dataclass: one flag a field, `-` or `_`, no abbreviations."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in fields(Config):
+        flags, kind = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]), get_type_hints(Config)[field.name]
+        about = dict(default=argparse.SUPPRESS, help=f"default: {field.default}")
+        if get_origin(kind) is Literal:
+            parser.add_argument(*flags, choices=get_args(kind), **about)
+        elif kind is bool:
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
+        else:
+            parser.add_argument(*flags, type=next((k for k in get_args(kind) if k is not type(None)), kind), **about)
+    given = vars(parser.parse_args(argv))
+    return Config(**PRESETS[given.get("preset", "default")] | given)
+
+
+def resolve_device(cfg: Config) -> tuple[torch.device, Callable, torch.amp.GradScaler]:
+    """-> (device, autocast context, gradient scaler). Weights stay fp32: mixed precision is autocast's, per operation."""
+    if cfg.device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    else:
+        name = cfg.device
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {cfg.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    dtype = cfg.dtype
+    if dtype == "auto":
+        dtype = {"cuda": "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"}.get(device.type, "fp32")
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
+    autocast = partial(torch.autocast, device.type, dtype=low, enabled=low is not None)
+    return device, autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+
+
+def seeded(*what) -> random.Random:
+    return random.Random("/".join(map(str, what)))
+
+
+def torch_generator(device: torch.device, *what) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seeded(*what).getrandbits(60))
+
+
+# ======================================================================================== 2. the optimizer loop
+class Diverged(Exception):
+    pass
+
+
+def save(path: Path, state: dict) -> None:
+    """Atomic: a kill at any moment leaves either the old file or the new one."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    partial_file = path.with_suffix(".tmp")
+    partial_file.write_bytes(buffer.getvalue())
+    os.replace(partial_file, path)
+
+
+def load(path: Path, identity: dict) -> dict:
+    """A checkpoint of exactly this configuration, or one clear line. Never unpickles code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = state["identity"]
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this program, or is damaged ({type(error).__name__}): delete it, or choose another --out") from None
+    differs = [f"{k} ({theirs.get(k)!r} there, {identity.get(k)!r} here)" for k in identity | theirs if theirs.get(k) != identity.get(k)]
+    if differs:
+        raise ValueError(f"{path} comes from another configuration: {', '.join(differs)}; run without --resume, or choose another --out")
+    return state
+
+
+def optimize(
+    cfg: Config, student: GPT, step_fn: Callable[[int, Callable], dict], *, folder: Path, identity: dict, steps: int, lr: float, warmup: int,
+    weight_decay: float, scaler: torch.amp.GradScaler, device: torch.device, teacher: Teacher | None = None, resume: bool,
+    on_step: Callable[[int], None] = lambda step: None, label: str,
+) -> None:
+    """AdamW over `steps` calls of step_fn(step, backward), which leaves gradients behind and returns what to log.
+
+    Learning rate: linear warm-up, constant, linear decay to zero over the second half. Gradients are clipped at norm 1.
+    """
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    checkpoint, metrics, start = folder / "checkpoint.pt", folder / "metrics.jsonl", 0
+    ema = teacher.model if teacher and teacher.kind == "ema" else None
+    if resume and checkpoint.exists():
+        state = load(checkpoint, identity)
+        start = state["step"]
+        student.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if ema:
+            ema.load_state_dict(state["ema"])
+        rows = metrics.read_text().splitlines() if metrics.exists() else []
+        metrics.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] < start))
+    else:
+        checkpoint.unlink(missing_ok=True)
+        metrics.write_text("")
+
+    def save_checkpoint(step: int) -> None:
+        save(checkpoint, {"identity": identity, "step": step, "model": student.state_dict(), "optimizer": optimizer.state_dict(),
+                          "scaler": scaler.state_dict(), "ema": ema.state_dict() if ema else None})
+
+    # Ctrl-C and kill are noted and acted upon between two steps, when weights and optimizer agree.
+    stop: list[int] = []
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with metrics.open("a") as metrics_file, tqdm(total=steps, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+            for step in range(start, steps):
+                began = time.perf_counter()
+                torch.manual_seed(seeded(cfg.seed, label, "dropout", step).getrandbits(60))
+                rate = lr * min(1.0, (step + 1) / (warmup + 1), 2 * (1 - step / steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                student.train()
+                log = step_fn(step, lambda loss: scaler.scale(loss).backward())
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
+                # With a scaler an overflowing gradient is normal: it skips the step and lowers its scale.
+                if not math.isfinite(log["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
+                    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint had been written yet"
+                    raise Diverged(f"{label}: loss {log['loss']}, gradient norm {norm} at step {step}: not a finite number. Try a lower --lr or --dtype fp32; {kept}")
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if teacher:
+                    teacher.update(student)
+                log |= {"step": step, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None, "seconds": round(time.perf_counter() - began, 4)}
+                metrics_file.write(json.dumps(log) + "\n")
+                shown = {"loss": "loss", "kl": "kl", "entropy": "H", "length": "len", "eos_rate": "eos"}
+                bar.set_postfix({short: f"{log[key]:.3g}" for key, short in shown.items() if key in log}, refresh=False)
+                bar.update()
+                on_step(step)
+                if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
+                    metrics_file.flush()
+                    save_checkpoint(step + 1)
+                if stop and step + 1 < steps:
+                    raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps} ({label}), saved in {checkpoint}; go on with the same command and --resume")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if stop:
+        raise KeyboardInterrupt(f"stopped after {label}, which is complete; go on with the same command and --resume")
+
+
+# ================================================================================================== 3. the base
+def completions(texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Written answers as (ids, mask), both (B, N), with the end marker: the form in which `generate` returns rollouts."""
+    rows = [encode(text) + [END] for text in texts]
+    return pad_right(rows), pad_right([[1] * len(row) for row in rows]).bool()
+
+
+@lru_cache(maxsize=1)
+def pretraining_batches(seed: int, group: int, size: int) -> list[list[Example]]:
+    """Eight batches drawn at once and cut by length: half the padding, hence half the time."""
+    rng = seeded(seed, "pretrain", group)
+    drawn = sorted((contexts.draw_pretraining(rng) for _ in range(8 * size)), key=lambda e: len(render(e.context, e.prompt)) + len(encode(e.answer)))
+    cut = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+    rng.shuffle(cut)
+    return cut
+
+
+def get_base(cfg: Config, device: torch.device, autocast: Callable, scaler: torch.amp.GradScaler) -> GPT:
+    """The base for this configuration and seed: loaded if out/ has it, otherwise pretrained.
+
+    The folder's name is a fingerprint of the settings and of a sample of the data itself, so a changed world means a new base.
+    """
+    shape = GPTConfig(len(contexts.RANKS) + 4, cfg.n_layer, cfg.d_model, cfg.n_head, cfg.n_head, cfg.d_model // cfg.n_head, 3 * cfg.d_model)
+    identity = {"model": asdict(shape), "dtype": cfg.dtype} | {k: getattr(cfg, k) for k in ("seed", "pretrain_steps", "pretrain_batch", "pretrain_lr")}
+    rng = seeded("fingerprint")
+    sample = [render(e.context, e.prompt) + encode(e.answer) for e in (contexts.draw_pretraining(rng) for _ in range(256))]
+    fingerprint = hashlib.sha256(json.dumps([identity, sample, contexts.VOCABULARY]).encode()).hexdigest()[:10]
+    folder = Path(cfg.out) / f"base-{fingerprint}"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(cfg.seed)
+    base = GPT(shape).to(device)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists():
+        state = load(checkpoint, identity)
+        if state["step"] == cfg.pretrain_steps:
+            base.load_state_dict(state["model"])
+            return base
+
+    def step_fn(step: int, backward: Callable) -> dict:
+        examples = pretraining_batches(cfg.seed, step // 8, cfg.pretrain_batch)[step % 8]
+        prompts = [render(e.context, e.prompt) for e in examples]
+        batch = Batch(prompts, prompts, *(x.to(device) for x in completions([e.answer for e in examples])))
+        return cosd_step(base, None, batch, "cross_entropy", eos={END}, max_new_tokens=1, autocast=autocast, backward=backward)
+
+    optimize(cfg, base, step_fn, folder=folder, identity=identity, steps=cfg.pretrain_steps, lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1,
+             scaler=scaler, device=device, resume=cfg.resume, label=f"base, seed {cfg.seed}")
+    return base
+
+
+# ================================================================================================ 4. evaluation
+def answers(model: GPT, prompts: list[list[int]], cfg: Config) -> list[str]:
+    """Greedy answers as text, without the end marker (an answer that never ended shows a trailing …)."""
+    ids, mask = model.generate(prompts, cfg.max_new_tokens, temperature=0, eos={END})
+    rows = [row[m].tolist() for row, m in zip(ids, mask)]
+    return [decode(row[:-1]) if row[-1] == END else decode(row) + " …" for row in rows]
+
+
+def evaluate(model: GPT, examples: list[Example], with_context: bool, cfg: Config) -> dict[str, float]:
+    """Mean of `contexts.grade` over the examples."""
+    texts = answers(model, [render(e.context if with_context else None, e.prompt) for e in examples], cfg)
+    grades = [contexts.grade(e, text) for e, text in zip(examples, texts)]
+    return {key: statistics.fmean(g[key] for g in grades if key in g) for key in {k: 0 for g in grades for k in g}}
+
+
+@torch.no_grad()
+def drift(base: GPT, tuned: GPT, examples: list[Example], cfg: Config) -> float:
+    """KL(base‖tuned) in nats per token, on the base's own samples to prior prompts in their contexts."""
+    prompts = [render(e.context, e.prompt) for e in examples]
+    ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={END}, generator=torch_generator(base.device, cfg.seed, "drift"))
+    logits = [model.head(completion_states(model, prompts, ids, mask)) for model in (tuned, base)]
+    return forward_kl(*logits).mean().item()
+
+
+# ======================================================================================= 5. one run of one method
+def make_batch(cfg: Config, context: str, step: int, teacher: Teacher) -> Batch:
+    """The task's prompts of this step, and their completions unless the student is to write them."""
+    rng = seeded(cfg.seed, context, "task", step)
+    examples = [TASKS[context](rng) for _ in range(cfg.batch - round(cfg.anchors * cfg.batch))]
+    batch = Batch([render(None, e.prompt) for e in examples], [render(e.context, e.prompt) for e in examples])
+    expert = cfg.method == "sft" or (cfg.method == "gkd" and rng.random() >= cfg.gkd_lambda)
+    if expert:
+        batch.completion, batch.mask = (x.to(teacher.model.device) for x in completions([e.expert for e in examples]))
+    elif cfg.method == "offline":
+        batch.completion, batch.mask = teacher.model.generate(
+            batch.teacher_prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END},
+            generator=torch_generator(teacher.model.device, cfg.seed, context, "offline", step))
+    return batch
+
+
+def sample_text(student: GPT, teacher: Teacher, examples: list[Example], cfg: Config, step: int) -> str:
+    """A few rollouts with the student's and the teacher's probability of every token."""
+    prompts = [render(None, e.prompt) for e in examples]
+    teacher_prompts = [render(e.context, e.prompt) for e in examples]
+    ids, mask = student.generate(prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END}, generator=torch_generator(student.device, cfg.seed, "samples", step))
+    with torch.no_grad():
+        q = student.head(completion_states(student, prompts, ids, mask)).softmax(-1)                # (n, V)
+        p = teacher.model.head(teacher.states(teacher_prompts, ids, mask)).softmax(-1)
+    tokens = ids[mask]
+    views = [f"{decode([t])!r} {a:.2f}→{b:.2f}" for t, a, b in zip(tokens.tolist(), q.gather(1, tokens[:, None])[:, 0], p.gather(1, tokens[:, None])[:, 0])]
+    lines = [f"--- step {step}: token, probability student→teacher"]
+    for example, n in zip(examples, mask.sum(1).tolist()):
+        lines += [f"C: {example.context}\nx: {example.prompt}\n   " + " ".join(views[:n])]
+        views = views[n:]
+    return "\n".join(lines) + "\n"
+
+
+def run(cfg: Config, context: str, method: str, base: GPT, autocast: Callable, scaler: torch.amp.GradScaler) -> dict:
+    """Compile one context into the weights by one method; evaluate before and after. Writes out/<run>/ and returns the result."""
+    cfg = replace(cfg.for_method(method), context=context)
+    folder = Path(cfg.out) / f"{context}-{method}-seed{cfg.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "seeds", "device", "save_every", "preset")}
+    result_file = folder / "result.json"
+    if cfg.resume and result_file.exists():
+        result = json.loads(result_file.read_text())
+        if result["config"] == settings:
+            print(f"{context} / {method}, seed {cfg.seed}: complete, taken from {result_file}")
+            return result
+    if not cfg.resume:
+        result_file.unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+
+    student, device = copy.deepcopy(base), base.device
+    task = partial(TASKS[context], seeded(cfg.seed, context, "heldout"), True)
+    heldout = [task() for _ in range(cfg.eval_size)]
+    probes = contexts.probes(seeded(cfg.seed, context, "probes"), context, cfg.eval_size)
+    one_context = len({e.context for e in heldout}) == 1
+    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, common_prefix([render(e.context, e.prompt) for e in heldout]) if one_context else ())
+    anchor_teacher = teacher if cfg.teacher == "frozen" else Teacher(base, "frozen")
+
+    # Pre-flight: the teacher is the ceiling. If it does not beat the student there is nothing to distil.
+    ceiling, before = evaluate(base, heldout, True, cfg), evaluate(base, heldout, False, cfg)
+    print(f"\n{context} / {method}, seed {cfg.seed}: held-out score with C (teacher) {ceiling['score']:.2f}, without (student) {before['score']:.2f}")
+    if ceiling["score"] <= before["score"]:
+        print("  The teacher does not beat the student: this context cannot teach this model anything. Training goes on, to show it.")
+
+    if method == "sft":
+        objective = "cross_entropy"
+    elif cfg.divergence == "policy_gradient":
+        objective = "policy_gradient"
+    else:
+        objective = partial(jsd, beta=cfg.beta) if cfg.divergence == "jsd" else DIVERGENCES[cfg.divergence]
+        objective = partial(top_k_divergence, k=cfg.top_k, divergence=objective) if cfg.top_k else objective
+    settings_of_step = dict(eos={END}, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, reduction=cfg.reduction,
+                            micro_batch=cfg.micro_batch or None, chunk=cfg.chunk or None, autocast=autocast)
+
+    def step_fn(step: int, backward: Callable) -> dict:
+        generator = torch_generator(device, cfg.seed, context, "rollout", step)
+        log = cosd_step(student, teacher, make_batch(cfg, context, step, teacher), objective, generator=generator, skip=cfg.skip,
+                        weight=1 - cfg.anchors, backward=backward, **settings_of_step)
+        if cfg.anchors:
+            # Anchors: prompts under other contexts or none; the base, in the same context, is the teacher. The student writes.
+            rng = seeded(cfg.seed, context, "anchors", step)
+            prompts = [render(e.context, e.prompt) for e in (contexts.draw_anchor(rng, context) for _ in range(round(cfg.anchors * cfg.batch)))]
+            anchored = cosd_step(student, anchor_teacher, Batch(prompts, prompts), "forward_kl" if method == "sft" else objective,
+                                 generator=generator, weight=cfg.anchors, backward=backward, **settings_of_step)
+            log |= {"loss": log["loss"] + anchored["loss"], "anchor_kl": anchored["kl"]}
+        return log
+
+    samples = folder / "samples.txt"
+    if not (cfg.resume and (folder / "checkpoint.pt").exists()):
+        samples.write_text(sample_text(student, teacher, heldout[:3], cfg, 0))
+
+    def on_step(step: int) -> None:
+        if (step + 1) % max(1, cfg.steps // 3) == 0:
+            with samples.open("a") as file:
+                file.write(sample_text(student, teacher, heldout[:3], cfg, step + 1))
+
+    began = time.perf_counter()
+    optimize(cfg, student, step_fn, folder=folder, identity=settings, steps=cfg.steps, lr=cfg.lr, warmup=cfg.warmup, weight_decay=0.0, scaler=scaler,
+             device=device, teacher=teacher, resume=cfg.resume, on_step=on_step, label=f"{context} / {method}, seed {cfg.seed}")
+    seconds = time.perf_counter() - began
+
+    prior = {name: [evaluate(model, suite, True, cfg)["exact"] for model in (base, student)] for name, suite in probes.items()}
+    shown = heldout[:2] + probes["verbs"][:1] + probes["demonstrations"][:1]
+    texts = [answers(model, [render(None if i < 2 else e.context, e.prompt) for i, e in enumerate(shown)], cfg) for model in (base, student)]
+    result = {
+        "config": settings, "context": context, "method": method, "seed": cfg.seed, "teacher": ceiling, "before": before,
+        "after": evaluate(student, heldout, False, cfg), "prior": prior,
+        "prior_change": statistics.fmean(after - was for was, after in prior.values()),
+        "steerability_change": statistics.fmean(after - was for name, (was, after) in prior.items() if name != "verbs"),
+        "drift": drift(base, student, [e for suite in probes.values() for e in suite], cfg),
+        "prompt_tokens_saved": statistics.fmean(len(render(e.context, e.prompt)) - len(render(None, e.prompt)) for e in heldout),
+        "seconds": round(seconds, 1),
+        "samples": [{"context": None if i < 2 else e.context, "prompt": e.prompt, "reference": e.answer, "before": was, "after": now}
+                    for i, (e, was, now) in enumerate(zip(shown, *texts))],
+    }
+    result_file.write_text(json.dumps(result, indent=1))
+    return result
+
+
+# ================================================================================================ 6. the report
+COLUMNS: dict[str, Callable[[dict], float]] = {
+    "teacher": lambda r: r["teacher"]["score"],
+    "before": lambda r: r["before"]["score"],
+    "after": lambda r: r["after"]["score"],
+    "exact": lambda r: r["after"]["exact"],
+    "prior": lambda r: r["prior_change"],
+    "steerability": lambda r: r["steerability_change"],
+    "drift": lambda r: r["drift"],
+    "over-refusal": lambda r: r["after"].get("over_refusal", math.nan),
+    "tokens saved": lambda r: r["prompt_tokens_saved"],
+    "seconds": lambda r: r["seconds"],
+}
+LEGEND = """Scores are shares of held-out prompts answered rightly, greedy. teacher: the base with C in its prompt; before / after: without C.
+score counts content, exact also the manner. prior: mean change of exact match over the known verbs and four kinds of other contexts;
+steerability: the same over the contexts alone. drift: KL(base‖tuned) on those prompts, nats per token. tokens saved: |C| per prompt."""
+
+
+def spread(values: list[float], digits: int) -> str:
+    if math.isnan(values[0]):
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def report(results: list[dict], out: Path) -> str:
+    """results.json, results.md and figure.png from the runs; returns the table as Markdown."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for result in results:
+        groups.setdefault((result["context"], result["method"]), []).append(result)
+    digits = {"drift": 4, "prior": 3, "steerability": 3, "tokens saved": 1, "seconds": 0}
+    lines = ["| context | method | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
+    for (context, method), runs in groups.items():
+        lines.append(f"| {context} | {method} | " + " | ".join(spread([column(r) for r in runs], digits.get(name, 2)) for name, column in COLUMNS.items()) + " |")
+    table = "\n".join(lines)
+    said = ["Answers of the first seed. No context in the first two lines of each; the last two probe what the base knew.", "",
+            "| context | prompt | reference | before | " + " | ".join(dict.fromkeys(m for _, m in groups)) + " |"]
+    said.append("|" + "---|" * (said[-1].count("|") - 1))
+    for context in dict.fromkeys(c for c, _ in groups):
+        runs = [groups[key][0] for key in groups if key[0] == context]
+        for i, sample in enumerate(runs[0]["samples"]):
+            prompt = f"({sample['context']}) {sample['prompt']}" if sample["context"] else sample["prompt"]
+            said.append("| " + " | ".join([context, prompt, sample["reference"], sample["before"], *(r["samples"][i]["after"] for r in runs)]) + " |")
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    (out / "results.md").write_text(f"{table}\n\n{LEGEND}\n\n" + "\n".join(said) + "\n")
+    draw_figure(groups, out / "figure.png")
+    return f"{table}\n\n{LEGEND}\n\n" + "\n".join(said)
+
+
+def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
+    """Left: what was learned. Right: what was forgotten. Error bars: standard deviation over seeds."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No figure: matplotlib is not installed (it comes with the extra [notebooks]).")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, methods = list(dict.fromkeys(c for c, _ in groups)), list(dict.fromkeys(m for _, m in groups))
+    colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]))          # Okabe-Ito: safe for colour-blind readers
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
+    anyone = {name: next(runs for (c, _), runs in groups.items() if c == name) for name in names}
+    bars = [("without C, before", "#BBBBBB", anyone, lambda r: r["before"]["score"], left)]
+    for axis, key in ((left, lambda r: r["after"]["score"]), (right, lambda r: r["prior_change"])):
+        bars += [(method.upper(), colors[method], {n: groups.get((n, method), []) for n in names}, key, axis) for method in methods]
+    bars.insert(1 + len(methods), ("with C, before (teacher)", "#555555", anyone, lambda r: r["teacher"]["score"], left))
+    for axis in (left, right):
+        mine = [bar for bar in bars if bar[4] is axis]
+        width = 0.8 / len(mine)
+        for i, (label, color, runs_of, key, _) in enumerate(mine):
+            at = [x + (i - (len(mine) - 1) / 2) * width for x, n in enumerate(names) if runs_of[n]]
+            values = [[key(r) for r in runs_of[n]] for n in names if runs_of[n]]
+            error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+            axis.bar(at, [statistics.fmean(v) for v in values], width, label=label, color=color, yerr=error if any(error) else None, capsize=2)
+        axis.set_xticks(range(len(names)), [f"{letter}: {n}" for letter, n in ((chr(65 + list(TASKS).index(n)), n) for n in names)], fontsize=8)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.set(title="Learned: held-out score without context in the prompt", ylabel="share right", ylim=(0, 1.3))
+    left.legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
+    right.set(title="Forgotten: change of prior skills and steerability", ylabel="change of exact match")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ================================================================================================= 7. the story
+def train(cfg: Config) -> dict:
+    """Everything that `python train.py` does, for notebooks and tests -> {"results": [...], "table": Markdown}."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device, autocast, scaler = resolve_device(cfg)
+    fresh_scaler = scaler.state_dict()
+    results = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        seed_cfg = replace(cfg, seed=seed)
+        base = get_base(seed_cfg, device, autocast, scaler)
+        for context in list(TASKS) if cfg.context == "all" else [cfg.context]:
+            for method in ("cosd", "sft") if cfg.method == "all" else [cfg.method]:
+                if scaler.is_enabled():
+                    scaler.load_state_dict(fresh_scaler)
+                results.append(run(seed_cfg, context, method, base, autocast, scaler))
+    table = report(results, out)
+    print(f"\n{table}\n\nWritten to {out}/: results.md, results.json, figure.png; per run config.json, metrics.jsonl, samples.txt, result.json, checkpoint.pt")
+    return {"results": results, "table": table}
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(parse(argv))
+    except KeyboardInterrupt as stopped:
+        print(f"\n{stopped or 'stopped'}", file=sys.stderr)
+        return 130
+    except Diverged as error:
+        print(f"\ntrain.py: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"\ntrain.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
