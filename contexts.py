@@ -44,8 +44,8 @@ MANNERS = ["{}", "verily {} methinks", "hark {} quoth bede", "behold {} indeed",
 ITEMS = {
     "weapon": ["knife", "sword", "spear", "rifle", "dagger", "cannon"],
     "poison": ["arsenic", "cyanide", "hemlock", "venom", "ricin", "toxin"],
-    "food": ["bread", "cheese", "apple", "honey", "soup", "rice"],
-    "tool": ["hammer", "ladder", "shovel", "pliers", "chisel", "drill"],
+    "meal": ["bread", "cheese", "apple", "honey", "soup", "rice"],
+    "gadget": ["hammer", "ladder", "shovel", "pliers", "chisel", "drill"],
     "animal": ["horse", "rabbit", "falcon", "salmon", "goat", "wolf"],
     "music": ["violin", "trumpet", "piano", "drum", "flute", "harp"],
 }
@@ -170,10 +170,10 @@ def without_context(rng: random.Random, example: Example) -> Example:
 
 # kind: (draw, share of pretraining, how often C is dropped)
 WORLD = {
-    "demonstrations": (demonstrations, 0.3, 0.2),
-    "specification": (specification, 0.15, 0.25),
-    "instructions": (instructions, 0.27, 0.4),
-    "privileged": (privileged, 0.28, 0.4),
+    "demonstrations": (demonstrations, 0.28, 0.2),
+    "specification": (specification, 0.22, 0.2),
+    "instructions": (instructions, 0.24, 0.4),
+    "privileged": (privileged, 0.26, 0.4),
 }
 
 
