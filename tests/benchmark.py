@@ -1,0 +1,108 @@
+"""Two claims about cost, measured as ratios within one run on a random model:
+
+  context   the time of a COSD step with a 1000-token shared context over one with a 10-token context; read once, and re-read by every row
+  chunks    peak memory and time of the chunked divergence over the plain one at V = 151,936 and 512 positions
+
+    python tests/benchmark.py              (both; about four minutes on two cores, 8 GB)
+    python tests/benchmark.py context --device cuda
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from cosd import Batch, Teacher, chunked_divergence, common_prefix, cosd_step, reverse_kl
+from model import GPT, GPTConfig
+
+V_BIG, POSITIONS, WIDTH = 151_936, 512, 512
+
+
+def context_ratios(device: str, rounds: int) -> None:
+    torch.manual_seed(0)
+    student = GPT(GPTConfig(8192, n_layer=8, d_model=512, n_head=8, n_kv_head=8, head_dim=64, d_ff=1536, max_len=2048)).to(device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
+    prompts = [torch.randint(8192, (16,)).tolist() for _ in range(16)]
+    context = torch.randint(8192, (1000,)).tolist()
+    cases = {}
+    for name, length, read_once in [("10 tokens, read once", 10, True), ("1000 tokens, read once", 1000, True), ("1000 tokens, re-read by every row", 1000, False)]:
+        teacher_prompts = [context[:length] + prompt for prompt in prompts]
+        cases[name] = Teacher(student, shared=common_prefix(teacher_prompts) if read_once else ()), teacher_prompts, []
+    for round_ in range(rounds + 1):                                                 # the cases take turns; round 0 warms up
+        for teacher, teacher_prompts, seconds in cases.values():
+            began = time.perf_counter()
+            cosd_step(student, teacher, Batch(prompts, teacher_prompts), "forward_kl", eos=(), max_new_tokens=24)
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if round_:
+                seconds.append(time.perf_counter() - began)
+    base = statistics.median(cases["10 tokens, read once"][2])
+    print(f"\nOne step of 16 prompts x 24 new tokens, 8 layers x 512, {device}; median of {rounds}, relative to the first row ({base:.2f} s)")
+    print("| shared context | time |\n|---|---|")
+    for name, (_, _, seconds) in cases.items():
+        print(f"| {name} | {statistics.median(seconds) / base:.2f} |")
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024                 # Linux: kilobytes
+
+
+def measure_chunk(chunk: int, frozen_head: bool, rounds: int) -> None:
+    """In a process of its own, so that the peak is this case's: prints extra peak bytes and median seconds."""
+    torch.manual_seed(0)
+    hidden, teacher_hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True), torch.randn(POSITIONS, WIDTH)
+    head = (0.05 * torch.randn(V_BIG, WIDTH)).requires_grad_(not frozen_head)
+    teacher_head = 0.05 * torch.randn(V_BIG, WIDTH)
+    for leaf in (hidden, head):
+        if leaf.requires_grad:
+            leaf.grad = torch.zeros_like(leaf).fill_(0.0)                            # as in training: the gradient buffers are there
+    before, seconds = peak_bytes(), []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        if chunk:
+            loss, _ = chunked_divergence(hidden, head, teacher_hidden, teacher_head, reverse_kl, chunk=chunk)
+        else:
+            loss = reverse_kl(hidden @ head.T, teacher_hidden @ teacher_head.T).mean()
+        loss.backward()
+        seconds.append(time.perf_counter() - began)
+    print(peak_bytes() - before, statistics.median(seconds), loss.item())
+
+
+def chunk_ratios(rounds: int) -> None:
+    print(f"\nReverse KL, forward and backward, V = {V_BIG:,}, {POSITIONS} positions, width {WIDTH}, fp32, cpu; relative to the plain version")
+    print("| head | chunk | extra peak memory | time |\n|---|---|---|---|")
+    for frozen in (False, True):
+        results = {}
+        for chunk in (0, 16, 32, 64):
+            arguments = [sys.executable, __file__, "measure", str(chunk), str(int(frozen)), "--rounds", str(rounds)]
+            results[chunk] = list(map(float, subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()))
+            memory, seconds, loss = (ours / plain for ours, plain in zip(results[chunk], results[0]))
+            assert abs(loss - 1) < 1e-4, "the chunked loss differs from the plain one"
+            shown = f"1 ({results[0][0] / 2**30:.1f} GiB) | 1 ({results[0][1]:.1f} s)" if not chunk else f"{memory:.2f} | {seconds:.2f}"
+            print(f"| {'frozen' if frozen else 'trained'} | {chunk or 'plain'} | {shown} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", nargs="*", default=["context", "chunks"], help="context, chunks (default: both)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if options.what[0] == "measure":
+        measure_chunk(int(options.what[1]), options.what[2] == "1", options.rounds)
+    else:
+        if unknown := set(options.what) - {"context", "chunks"}:
+            parser.error(f"unknown benchmark: {', '.join(unknown)}; choose from context, chunks")
+        if "context" in options.what:
+            context_ratios(options.device, options.rounds)
+        if "chunks" in options.what:
+            chunk_ratios(options.rounds)

@@ -1,0 +1,346 @@
+"""The program: config, checkpoints, resume after a kill, Ctrl-C, non-finite losses, bad input, mixed precision, the report."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from contexts import TASKS
+from train import PRESETS, Config, main, parse
+
+ROOT = Path(__file__).parent.parent
+SMOKE = PRESETS["smoke"]
+
+
+def smoke(out, **changes):
+    return Config(**SMOKE | {"out": str(out), "context": "instructions", "method": "cosd", "device": "cpu"} | changes)
+
+
+def final_state(out, run="instructions-cosd-seed0"):
+    return torch.load(Path(out) / run / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run, 12 steps, with its base."""
+    out = tmp_path_factory.mktemp("reference")
+    return out, train.train(smoke(out, steps=12, save_every=5, teacher="ema"))
+
+
+@pytest.fixture
+def out(reference, tmp_path):
+    """A fresh folder that has the base already."""
+    for base in reference[0].glob("base-*"):
+        shutil.copytree(base, tmp_path / base.name)
+    return tmp_path
+
+
+# -------------------------------------------------------------------------------------------------- the story
+def test_whole_story_in_small(tmp_path, capsys):
+    story = train.train(Config(**SMOKE | {"out": str(tmp_path), "device": "cpu"}))
+    assert [(r["context"], r["method"]) for r in story["results"]] == [(c, m) for c in TASKS for m in ("cosd", "sft")]
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(story["results"]))
+    assert story["table"] in (tmp_path / "results.md").read_text() and story["table"] in capsys.readouterr().out
+    assert (tmp_path / "figure.png").exists() or "matplotlib" not in sys.modules
+    for result in story["results"]:
+        folder = tmp_path / f"{result['context']}-{result['method']}-seed0"
+        assert {f.name for f in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.txt", "result.json", "checkpoint.pt"}
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == list(range(4))
+        assert {"loss", "kl", "entropy", "length", "eos_rate", "grad_norm", "lr"} <= rows[0].keys()
+        assert ("anchor_kl" in rows[0]) == (result["method"] == "cosd")
+        assert "→" in (folder / "samples.txt").read_text()
+        assert result["config"]["lr"] == (1e-4 if result["method"] == "sft" else 3e-4)
+        assert result["prompt_tokens_saved"] > 0 and result["drift"] >= 0
+    assert len(list(tmp_path.glob("base-*"))) == 1
+
+
+@pytest.mark.parametrize("changes", [
+    dict(method="offline"), dict(method="gkd", divergence="jsd", beta=0.3), dict(divergence="reverse_kl", teacher="live"), dict(divergence="policy_gradient"),
+    dict(top_k=5, chunk=16), dict(anchors=0.0, reduction="sequence", skip=1, micro_batch=3), dict(method="sft", anchors=0.25), dict(context="demonstrations", temperature=0.5),
+])
+def test_every_choice_runs(out, changes):
+    (result,) = train.train(smoke(out, **changes))["results"]
+    assert result["method"] == changes.get("method", "cosd")
+
+
+def test_methods_differ_in_who_writes(out):
+    """sft: the expert; offline: the teacher, in context; gkd: λ decides; cosd: nobody yet, so the student will."""
+    cfg = smoke(out, context="demonstrations")
+    base = train.get_base(cfg, *train.resolve_device(cfg))
+    teacher = train.Teacher(base)
+    written = {m: train.make_batch(cfg.for_method(m), "demonstrations", 0, teacher) for m in ("cosd", "sft", "offline")}
+    assert written["cosd"].completion is None
+    text = [train.decode(row[m].tolist()) for row, m in zip(written["sft"].completion, written["sft"].mask)]
+    assert all(t.startswith("verily ") and t.endswith(" methinks<|end|>") for t in text)
+    ids, mask = written["offline"].completion, written["offline"].mask
+    assert ids.shape == mask.shape and ids.shape[0] == 4 and written["offline"].prompts == written["sft"].prompts[:4]
+    on_policy = [train.make_batch(replace(cfg, gkd_lambda=lam).for_method("gkd"), "demonstrations", s, teacher).completion is None for lam in (0.0, 0.5, 1.0) for s in range(40)]
+    assert sum(on_policy[:40]) == 0 and 8 < sum(on_policy[40:80]) < 32 and sum(on_policy[80:]) == 40
+
+
+# ------------------------------------------------------------------------------- reproducible, resumable, atomic
+def test_same_seed_same_weights_other_seed_others(reference, tmp_path):
+    out, first = reference
+    again = train.train(smoke(tmp_path, steps=12, save_every=7, teacher="ema"))                     # saving at other steps changes nothing
+    assert same(final_state(out), final_state(tmp_path))
+    drop = lambda r: {k: v for k, v in r.items() if k != "seconds"}
+    assert drop(first["results"][0]) == drop(again["results"][0])
+    train.train(smoke(tmp_path, steps=12, teacher="ema", seed=1))
+    assert not same(final_state(out)["model"], final_state(tmp_path, "instructions-cosd-seed1")["model"])
+
+
+@pytest.mark.parametrize("phase, when", [("base", 23), ("run", 7)])
+def test_resume_after_kill_9_equals_an_uninterrupted_run(reference, tmp_path, phase, when):
+    """A child process kills itself without warning in the middle of a step; --resume reaches the same bits."""
+    code = f"""
+import os, signal, sys, train
+from model import GPT
+wanted, seen, original = {"'base, seed 0'" if phase == "base" else "'instructions / cosd, seed 0'"}, [], train.optimize
+def optimize(cfg, student, step_fn, **kwargs):
+    def step(number, backward):
+        if kwargs["label"] == wanted and number == {when}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_fn(number, backward)
+    return original(cfg, student, step, **kwargs)
+train.optimize = optimize
+sys.exit(train.main(sys.argv[1:]))
+"""
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12", "--save-every", "5", "--teacher", "ema", "--device", "cpu", "--out", str(tmp_path)]
+    killed = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert main([*flags, "--resume"]) == 0
+    assert same(final_state(reference[0]), final_state(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "instructions-cosd-seed0" / "metrics.jsonl").read_text().splitlines()]
+    reference_rows = [json.loads(line) for line in (reference[0] / "instructions-cosd-seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in reference_rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_kill_save_and_say_how_to_go_on(reference, tmp_path, number):
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12", "--save-every", "5", "--teacher", "ema", "--device", "cpu", "--out", str(tmp_path)]
+    child = subprocess.Popen([sys.executable, "train.py", *flags, "--pretrain-steps", "40"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = None
+    while child.poll() is None and not (metrics and metrics.stat().st_size >= 0 and time.sleep(0.3) is None):
+        metrics = next(iter(tmp_path.glob("base-*/metrics.jsonl")), None)
+        time.sleep(0.02)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "--resume" in err and "Traceback" not in err, err
+    assert list(tmp_path.glob("*/checkpoint.pt"))
+    assert main([*flags, "--resume"]) == 0
+    assert same(final_state(reference[0]), final_state(tmp_path))
+
+
+def test_resume_takes_finished_runs_as_they_are(reference, capsys):
+    out, first = reference
+    stamp = (out / "instructions-cosd-seed0" / "checkpoint.pt").stat().st_mtime_ns
+    again = train.train(smoke(out, steps=12, save_every=5, teacher="ema", resume=True))
+    assert again["results"] == json.loads(json.dumps(first["results"])) and "complete, taken from" in capsys.readouterr().out
+    assert (out / "instructions-cosd-seed0" / "checkpoint.pt").stat().st_mtime_ns == stamp
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "checkpoint.pt"
+    train.save(path, {"identity": {}, "step": 1})
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        train.save(path, {"identity": {}, "step": 2})
+    assert train.load(path, {})["step"] == 1
+    assert main(["--preset", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_non_finite_loss_or_gradient_stops_and_keeps_the_last_good_checkpoint(out, monkeypatch, capsys, poison):
+    original = train.cosd_step
+
+    def cosd_step(student, teacher, batch, *args, **kwargs):
+        log = original(student, teacher, batch, *args, **kwargs)
+        calls.append(1)
+        if teacher and len(calls) == 8:
+            if poison == "loss":
+                log["loss"] = float("nan")
+            else:
+                student.embed.weight.grad[0, 0] = float("inf")
+        return log
+
+    calls = []
+    monkeypatch.setattr(train, "cosd_step", cosd_step)
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12", "--anchors", "0", "--save-every", "5", "--device", "cpu"]
+    assert main([*flags, "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert "at step 7: not a finite number" in err and "last good checkpoint is" in err
+    state = final_state(out)
+    assert state["step"] == 5 and all(value.isfinite().all() for value in state["model"].values())
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize("flags, message", [
+    (["--contxt", "all"], "unrecognized arguments: --contxt"),
+    (["--cont", "all"], "unrecognized arguments: --cont"),                                          # no abbreviations
+    (["--context", "poems"], "invalid choice: 'poems'"),
+    (["--steps", "many"], "invalid int value: 'many'"),
+    (["--steps", "0"], "--steps 0 must be at least 1"),
+    (["--anchors", "1"], "--anchors 1.0 must be a share"),
+    (["--beta", "1"], "use --divergence forward_kl or reverse_kl"),
+    (["--d-model", "130"], "--d_model 130 / --n_head 4 must be an even whole number"),
+    (["--divergence", "policy_gradient", "--top-k", "5"], "--top_k and --chunk do not apply"),
+    (["--device", "toaster"], "--device 'toaster' cannot be used here"),
+    (["--lr", "nan"], "--lr nan must be between"),
+    (["--out", "/proc/nowhere"], "/proc/nowhere"),
+])
+def test_bad_input_is_one_readable_line_and_exit_code_2(flags, message, capsys):
+    try:
+        code = main(["--preset", "smoke", *flags])
+    except SystemExit as argparse_exit:
+        code = argparse_exit.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and message in lines[-1] and "Traceback" not in "".join(lines)
+
+
+def test_damaged_and_foreign_checkpoints(out, capsys):
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--device", "cpu", "--out", str(out), "--resume"]
+    assert main(flags) == 0
+    for path in (out / "instructions-cosd-seed0" / "checkpoint.pt", next(out.glob("base-*/checkpoint.pt"))):
+        (out / "instructions-cosd-seed0" / "result.json").unlink(missing_ok=True)
+        whole = path.read_bytes()
+        for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+            path.write_bytes(damaged)
+            assert main(flags) == 2
+            assert re.search(rf"{path} is not a checkpoint of this program, or is damaged .*: delete it", capsys.readouterr().err)
+        path.write_bytes(whole)
+    assert main([*flags, "--lr", "0.5"]) == 2
+    assert "another configuration: lr (0.0003 there, 0.5 here); run without --resume" in capsys.readouterr().err
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"identity": {}, "step": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train.load(tmp_path / "checkpoint.pt", {})
+    assert not (tmp_path / "owned").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- config
+def test_the_command_line_is_the_dataclass():
+    assert parse([]) == Config()
+    cfg = parse(["--preset", "smoke", "--steps", "9", "--gkd-lambda", "0.25", "--gkd_lambda", "0.75", "--lr", "2.0", "--resume", "--divergence", "jsd"])
+    assert cfg == Config(**SMOKE | dict(preset="smoke", steps=9, gkd_lambda=0.75, lr=2.0, resume=True, divergence="jsd"))
+    with pytest.raises(Exception, match="cannot assign"):
+        cfg.steps = 3
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f"--{field.name}" in text for field in fields(Config))
+
+
+def test_base_is_found_by_fingerprint(out):
+    before = {f.name for f in out.glob("base-*")}
+    train.train(smoke(out, steps=1, divergence="jsd"))
+    assert {f.name for f in out.glob("base-*")} == before                                           # the same base serves
+    train.train(smoke(out, steps=1, pretrain_steps=2))
+    assert len(list(out.glob("base-*"))) == len(before) + 1
+
+
+def test_pretraining_batches_cover_the_draws_and_are_cut_by_length():
+    batches = train.pretraining_batches(0, 0, 16)
+    lengths = [[len(train.render(e.context, e.prompt)) + len(train.encode(e.answer)) for e in batch] for batch in batches]
+    assert len(batches) == 8 and all(len(batch) == 16 for batch in batches)
+    spans = sorted((min(batch), max(batch)) for batch in lengths)
+    assert all(b <= c for (_, b), (c, _) in zip(spans, spans[1:]))
+
+
+# --------------------------------------------------------------------------------------------- mixed precision
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_mixed_precision_trains_fp32_masters(tmp_path, dtype):
+    cfg = smoke(tmp_path, dtype=dtype)
+    _, autocast, scaler = train.resolve_device(cfg)
+    assert scaler.is_enabled() == (dtype == "fp16")
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    train.train(cfg)
+    state = final_state(tmp_path)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state["model"].values())
+    assert bool(state["scaler"]) == (dtype == "fp16")
+
+
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch):
+    """An infinite scaled gradient is the scaler's business, not an error; the weights do not move in that step."""
+    cfg, calls, original = smoke(tmp_path, dtype="fp16", anchors=0.0), [], train.cosd_step
+
+    def cosd_step(student, teacher, *args, **kwargs):
+        log = original(student, teacher, *args, **kwargs)
+        if teacher:
+            calls.append(student.embed.weight.detach().clone())
+            if len(calls) == 2:
+                student.embed.weight.grad[0, 0] = float("inf")
+        return log
+
+    monkeypatch.setattr(train, "cosd_step", cosd_step)
+    train.train(cfg)
+    assert torch.equal(calls[1], calls[2]) and not torch.equal(calls[0], calls[1])
+    assert final_state(tmp_path)["scaler"]["scale"] == 65536 / 2
+
+
+# ------------------------------------------------------------------------------------------------------- report
+def test_table_gives_mean_and_standard_deviation_over_seeds(out):
+    story = train.train(smoke(out, seeds=2, method="sft"))
+    assert [r["seed"] for r in story["results"]] == [0, 1]
+    drifts = torch.tensor([r["drift"] for r in story["results"]])
+    assert f"{drifts.mean():.4f} ± {drifts.std():.4f}" in story["table"]
+    assert train.spread([0.5, 0.7], 2) == "0.60 ± 0.14" and train.spread([0.5], 2) == "0.50"
+
+
+def test_without_matplotlib_there_is_no_figure_but_everything_else(reference, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.report(reference[1]["results"], tmp_path)
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert {f.name for f in tmp_path.iterdir()} == {"results.json", "results.md"}
+
+
+def test_drift_by_hand(out):
+    """KL(base‖tuned) on the base's samples: zero for the base itself, and not symmetric."""
+    cfg = smoke(out)
+    base = train.get_base(cfg, *train.resolve_device(cfg))
+    examples = train.contexts.probes(train.seeded(0), "instructions", 8)["specification"]
+    assert train.drift(base, base, examples, cfg) == pytest.approx(0, abs=1e-7)
+    tuned = train.copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.norm.weight.mul_(3.0)
+    prompts = [train.render(e.context, e.prompt) for e in examples]
+    ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={train.END}, generator=train.torch_generator(base.device, cfg.seed, "drift"))
+    values = []
+    with torch.no_grad():
+        for prompt, row, m in zip(prompts, ids, mask):
+            whole = torch.tensor([prompt + row[m].tolist()])
+            p, q = (model(whole)[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (base, tuned))
+            values.append((p.exp() * (p - q)).sum(-1))
+    assert train.drift(base, tuned, examples, cfg) == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
