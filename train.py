@@ -64,10 +64,10 @@ class Config:
     ema_rate: float = 0.02
     gkd_lambda: float = 0.5                # share of on-policy steps under gkd
     anchors: float | None = None           # share of the batch under other contexts; default 0.5, for sft 0
-    steps: int = 120
+    steps: int = 200
     batch: int = 64
     micro_batch: int = 0                   # 0: the whole batch at once; the result does not depend on it
-    lr: float | None = None                # default 3e-4, for sft 1e-4
+    lr: float | None = None                # default 5e-4, for sft 1e-4
     warmup: int = 10
     temperature: float = 1.0               # of the rollouts
     max_new_tokens: int = 24
@@ -118,7 +118,7 @@ class Config:
     def for_method(self, method: str) -> Config:
         """Fill in the defaults that differ between methods."""
         sft = method == "sft"
-        return replace(self, method=method, lr=self.lr if self.lr is not None else 1e-4 if sft else 3e-4,
+        return replace(self, method=method, lr=self.lr if self.lr is not None else 1e-4 if sft else 5e-4,
                        anchors=self.anchors if self.anchors is not None else 0.0 if sft else 0.5)
 
 
@@ -446,7 +446,7 @@ def run(cfg: Config, context: str, method: str, base: GPT, autocast: Callable, s
     seconds = time.perf_counter() - began
 
     prior = {name: [evaluate(model, suite, True, cfg)["exact"] for model in (base, student)] for name, suite in probes.items()}
-    shown = heldout[:2] + probes["verbs"][:1] + probes["demonstrations"][:1]
+    shown = heldout[:2] + [e for suite in probes.values() for e in suite[:4]]
     texts = [answers(model, [render(None if i < 2 else e.context, e.prompt) for i, e in enumerate(shown)], cfg) for model in (base, student)]
     result = {
         "config": settings, "context": context, "method": method, "seed": cfg.seed, "teacher": ceiling, "before": before,
@@ -498,12 +498,14 @@ def report(results: list[dict], out: Path) -> str:
     for (context, method), runs in groups.items():
         lines.append(f"| {context} | {method} | " + " | ".join(spread([column(r) for r in runs], digits.get(name, 2)) for name, column in COLUMNS.items()) + " |")
     table = "\n".join(lines)
-    said = ["Answers of the first seed. No context in the first two lines of each; the last two probe what the base knew.", "",
+    said = ["Answers of the first seed: two held-out prompts of each task, without context, and the two probes of prior skills that changed the most.", "",
             "| context | prompt | reference | before | " + " | ".join(dict.fromkeys(m for _, m in groups)) + " |"]
     said.append("|" + "---|" * (said[-1].count("|") - 1))
     for context in dict.fromkeys(c for c, _ in groups):
         runs = [groups[key][0] for key in groups if key[0] == context]
-        for i, sample in enumerate(runs[0]["samples"]):
+        changed = lambda i: -sum(r["samples"][i]["after"] != r["samples"][i]["before"] for r in runs)
+        for i in [0, 1, *sorted(range(2, len(runs[0]["samples"])), key=changed)[:2]]:
+            sample = runs[0]["samples"][i]
             prompt = f"({sample['context']}) {sample['prompt']}" if sample["context"] else sample["prompt"]
             said.append("| " + " | ".join([context, prompt, sample["reference"], sample["before"], *(r["samples"][i]["after"] for r in runs)]) + " |")
     (out / "results.json").write_text(json.dumps(results, indent=1))
