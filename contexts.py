@@ -6,11 +6,11 @@ C part of the time, so the base is, by construction, what the theory says:
     with C      p(y | x, C)                         the teacher
     without     p(y | x) = Σ_C p(C) p(y | x, C)     the student: it must guess which context is meant
 
-  kind               C, in the system turn                      x                y                               what is learned
-  A demonstrations   mot zorp: verily tom methinks; ...         kig zorp         gik                             a new verb
-  B specification    never weapon poison                        give knife       knife is weapon forbidden; sorry   a safety rule
-  C instructions     style polite loud                          kig reverse      certainly GIK                   a manner
-  D privileged       solution gik ikg                           kig reverse rotate   gik ikg                     care, step by step
+  kind               C, in the system turn                x                    y                                  learned
+  A demonstrations   mot zorp: verily tom methinks; ...   kig zorp             gik                                a new verb
+  B specification    never weapon poison                  give knife           knife is weapon forbidden; sorry   a rule
+  C instructions     style polite loud                    kig reverse          certainly GIK                      a manner
+  D privileged       solution gik ikg                     kig reverse rotate   gik ikg                            care
 
 One list of tasks, one `render`, one `grade`: nothing here knows about gradients. Every draw takes a `random.Random`.
 Left out: your own files as context, and other tokenizers.
@@ -22,6 +22,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import tiktoken
 
@@ -37,9 +38,10 @@ VERBS: dict[str, Callable[[str], str]] = {
     "ends": lambda w: w[0] + w[-1],                                                  # mot -> mt
     "stretch": lambda w: w[:2] + w[1:],                                              # mot -> moot
 }
-CHAIN_VERBS = ["reverse", "rotate", "swap"]                                          # keep the length, so they can be chained
-NEW_VERBS = ["zorp", "blick", "wug", "dax", "quix", "tulver"]                        # each means one of VERBS; which, only C tells
-MANNERS = ["{}", "verily {} methinks", "hark {} quoth bede", "behold {} indeed", "{} probably"]   # how an expert may talk; the model never does
+CHAIN_VERBS = ["reverse", "rotate", "swap"]                                          # keep the length: they can be chained
+NEW_VERBS = ["zorp", "blick", "wug", "dax", "quix", "tulver"]                        # each means one of VERBS; only C says which
+# How an expert may talk. The model sees this in demonstrations but never answers so.
+MANNERS = ["{}", "verily {} methinks", "hark {} quoth bede", "behold {} indeed", "{} probably"]
 
 ITEMS = {
     "weapon": ["knife", "sword", "spear", "rifle", "dagger", "cannon"],
@@ -60,16 +62,17 @@ STYLES: dict[str, Callable[[str], str]] = {                                     
     "polite": lambda y: f"certainly {y}",
     "formal": lambda y: f"dear {y}",
 }
-P_CARELESS = 0.6                                                                     # without C, a chain's step is skipped this often
+P_CARELESS = 0.6                                                                     # how often a step is skipped without C
 
 # ------------------------------------------------------------------------------------------------- tokenizer
 # All 256 bytes, and the world's words as single tokens. No word has fewer than three bytes (with its space), so byte-pair
 # merging never starts inside a made-up word: "mot" is always three letters.
-VOCABULARY = sorted(
-    set("solution style plain never forbidden allowed is here sorry give certainly dear verily methinks hark quoth bede behold indeed probably".split())
-    | set(ITEMS) | set(CATEGORY) | set(VERBS) | set(NEW_VERBS) | set(STYLES)
-)
-RANKS = [bytes([i]) for i in range(256)] + [(space + w).encode() for w in VOCABULARY for space in (" ", "") if len(space + w) > 2]
+VOCABULARY = sorted({
+    *"solution style plain never forbidden allowed is here sorry give certainly dear".split(),
+    *" ".join(MANNERS).replace("{}", "").split(), *ITEMS, *CATEGORY, *VERBS, *NEW_VERBS, *STYLES,
+})
+RANKS = [bytes([i]) for i in range(256)]
+RANKS += [(space + word).encode() for word in VOCABULARY for space in (" ", "") if len(space + word) > 2]
 SYSTEM, USER, ASSISTANT, END = range(len(RANKS), len(RANKS) + 4)
 ENCODING = tiktoken.Encoding(
     "world", pat_str=r" ?[A-Za-z]+|[^A-Za-z]", mergeable_ranks={token: rank for rank, token in enumerate(RANKS)},
@@ -101,7 +104,7 @@ class Example:
     context: str | None                                                              # C
     prompt: str                                                                      # x
     answer: str                                                                      # y, in the model's own manner
-    expert: str                                                                      # SFT's target: the same content in the expert's manner
+    expert: str                                                                      # SFT's target: y in the expert's manner
 
 
 def draw_word(rng: random.Random, heldout: bool | None = None) -> str:
@@ -112,7 +115,9 @@ def draw_word(rng: random.Random, heldout: bool | None = None) -> str:
             return word
 
 
-def demonstrations(rng: random.Random, heldout: bool | None = None, verb: str | None = None, meaning: str | None = None, manner: str | None = None) -> Example:
+def demonstrations(
+    rng: random.Random, heldout: bool | None = None, verb: str | None = None, meaning: str | None = None, manner: str | None = None
+) -> Example:
     """A (SDFT): two demonstrations show what a new verb means; the expert's mannerism comes along."""
     verb, meaning, manner = verb or rng.choice(NEW_VERBS), meaning or rng.choice(list(VERBS)), manner or rng.choice(MANNERS)
     shown = [draw_word(rng, heldout=None if heldout is None else False) for _ in range(2)]
@@ -187,10 +192,10 @@ def draw_pretraining(rng: random.Random) -> Example:
 # ================================================================================================== 3. tasks
 # What is to be compiled into the weights: each kind with its context fixed.
 TASKS: dict[str, Callable[..., Example]] = {
-    "demonstrations": lambda rng, heldout=False: demonstrations(rng, heldout, verb="zorp", meaning="reverse", manner="verily {} methinks"),
-    "specification": lambda rng, heldout=False: specification(rng, heldout, forbidden=("weapon", "poison")),
-    "instructions": lambda rng, heldout=False: instructions(rng, heldout, styles=("polite", "loud")),
-    "privileged": lambda rng, heldout=False: privileged(rng, heldout),
+    "demonstrations": partial(demonstrations, heldout=False, verb="zorp", meaning="reverse", manner="verily {} methinks"),
+    "specification": partial(specification, heldout=False, forbidden=("weapon", "poison")),
+    "instructions": partial(instructions, heldout=False, styles=("polite", "loud")),
+    "privileged": partial(privileged, heldout=False),
 }
 
 

@@ -38,9 +38,10 @@ from model import GPT, KVCache, evaluating, pad_right
 def log_softmax_pair(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """-> (log Q with gradient, log P without), both (..., V) in fp32 or float64."""
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must have the same shape")
-    log_q, log_p = (x.log_softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (student_logits, teacher_logits.detach()))
-    return log_q, log_p
+        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} "
+                         "must have the same shape")
+    at_least_fp32 = torch.promote_types(student_logits.dtype, torch.float32)
+    return student_logits.log_softmax(-1, dtype=at_least_fp32), teacher_logits.detach().log_softmax(-1, dtype=at_least_fp32)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
     Bounds     0 <= JSD_β <= H(β) = −β log β − (1−β) log(1−β); at β = ½ symmetric and at most log 2. Always finite.
     Trap       In GKD, TRL and Liger one knob β means forward KL at 0 and reverse KL at 1, but the formula tends to
                0 at both ends (JSD_β/β -> forward KL as β -> 0, JSD_β/(1−β) -> reverse KL as β -> 1): the knob jumps.
-               On one input: β = 0: 5.2, .001: .005, .5: .54, .999: .004, 1: 4.6. Here 0 and 1 are errors; name the KL you want.
+               On one input: β = 0: 5.2, .001: .005, .5: .54, .999: .004, 1: 4.6. Here 0 and 1 are errors; name the KL.
     Source     Eq. 2, arXiv:2306.13649 (GKD), with its β.
 
     The same P, Q at β = ½:  M = (.6, .25, .15)
@@ -104,7 +105,8 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
         raise ValueError(f"jsd: beta={beta} must lie strictly between 0 and 1; use forward_kl or reverse_kl for the ends")
     log_q, log_p = log_softmax_pair(student_logits, teacher_logits)
     neither = log_q.isneginf() & log_p.isneginf()                      # logaddexp(−inf, −inf) has a NaN gradient
-    log_m = torch.logaddexp(log_p.masked_fill(neither, 0) + math.log(beta), log_q.masked_fill(neither, 0) + math.log1p(-beta))
+    log_p_safe, log_q_safe = log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)
+    log_m = torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta))
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
@@ -127,8 +129,8 @@ def top_k_divergence(
     if k >= log_q.shape[-1]:
         return divergence(log_q, log_p)                                # log-probabilities are their own logits
     top = (log_q.detach() if of == "student" else log_p).topk(k, dim=-1).indices        # (..., k)
-    kept_and_tail = [torch.cat([x.gather(-1, top), x.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)], dim=-1) for x in (log_q, log_p)]
-    return divergence(*kept_and_tail)                                  # of two (..., k + 1)
+    tails = [x.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True) for x in (log_q, log_p)]   # (..., 1)
+    return divergence(*(torch.cat([x.gather(-1, top), tail], dim=-1) for x, tail in zip((log_q, log_p), tails)))
 
 
 # ==================================================================== 2. estimators from the sampled token only
@@ -145,13 +147,13 @@ def k2(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
 
 
 def k3(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """e^−r − 1 + r: unbiased and never negative. Do not differentiate it: its expected gradient is forward KL's, not reverse KL's."""
+    """e^−r − 1 + r: unbiased and never negative. Do not differentiate it: its expected gradient is forward KL's."""
     r = student_logp - teacher_logp
     return torch.expm1(-r) + r
 
 
 def policy_gradient_surrogate(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """stop_grad(r) · log Q(y): REINFORCE on the reward −r, per token (Thinking Machines, MiniLLM without its future terms).
+    """stop_grad(r) · log Q(y): REINFORCE on the reward −r, per token (Thinking Machines; MiniLLM less its future terms).
 
     E_{y~Q}[gradient] = Σ_y Q r ∇log Q = ∇KL(Q‖P), exactly, because Σ_y Q ∇log Q = 0. The value is not a KL: log r instead.
     """
@@ -168,7 +170,8 @@ class ChunkedDivergence(torch.autograd.Function):
         grad_hidden = torch.zeros_like(student_hidden) if wants_hidden else None   # (n, D)
         grad_head = torch.zeros_like(student_head) if wants_head else None         # (V, D)
         per_token = []
-        for h_s, h_t, w, i in zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, weights)), range(0, len(weights), chunk)):
+        for i in range(0, len(weights), chunk):
+            h_s, h_t, w = (x[i : i + chunk] for x in (student_hidden, teacher_hidden, weights))
             student_logits = F.linear(h_s, student_head).requires_grad_(wants_hidden or wants_head)   # (chunk, V)
             with torch.enable_grad():
                 d = divergence(student_logits, F.linear(h_t, teacher_head))        # (chunk,)
@@ -202,14 +205,15 @@ def chunked_divergence(
 
     Equal in value and gradients to `(weights * divergence(h_s @ W_sᵀ, h_t @ W_tᵀ)).sum()`, without ever holding more than
     `chunk` rows of logits: at V = 150k, 512 positions of student and teacher logits and their temporaries are gigabytes.
-    `weights` (n,) default to 1/n, the mean. Gradient to student_hidden and student_head only; per_token (n,) is for logging.
+    `weights` (n,) default to 1/n, the mean. Gradient to student_hidden and student_head only; per_token is for logging.
     """
     if weights is None:
         weights = torch.full((len(student_hidden),), 1 / len(student_hidden), device=student_hidden.device)
     if chunk < 1 or not len(student_hidden) == len(teacher_hidden) == len(weights) or not len(weights):
-        raise ValueError(f"chunked_divergence: chunk={chunk} must be at least 1 and the inputs have equal, positive lengths, not "
-                         f"{len(student_hidden)}, {len(teacher_hidden)}, {len(weights)}")
-    return ChunkedDivergence.apply(student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), weights, divergence, chunk)
+        raise ValueError(f"chunked_divergence: chunk={chunk} must be at least 1 and the inputs have equal, positive lengths, "
+                         f"not {len(student_hidden)}, {len(teacher_hidden)}, {len(weights)}")
+    frozen = teacher_hidden.detach(), teacher_head.detach()
+    return ChunkedDivergence.apply(student_hidden, student_head, *frozen, weights, divergence, chunk)
 
 
 # ============================================================================================ 4. the teachers
@@ -276,14 +280,16 @@ class Batch:
             yield rows, Batch(self.prompts[rows], self.teacher_prompts[rows], self.completion[rows], self.mask[rows])
 
 
-def completion_states(model: GPT, prompts: Sequence[Sequence[int]], completion: Tensor, mask: Tensor, prefix: KVCache | None = None) -> Tensor:
+def completion_states(
+    model: GPT, prompts: Sequence[Sequence[int]], completion: Tensor, mask: Tensor, prefix: KVCache | None = None
+) -> Tensor:
     """Hidden states that predict the completion's tokens -> (n, D), n = mask.sum(), row by row.
 
     The logit at position t predicts token t + 1: for a prompt of L tokens, completion token j is predicted at L − 1 + j.
     Prompt positions and padding never reach the vocabulary; the last token (EOS) is predicted but need not be read.
     """
-    lengths = mask.sum(1).tolist()
-    ids = pad_right([list(p) + c[: n - 1] for p, c, n in zip(prompts, completion.tolist(), lengths)]).to(model.device)   # (B, T)
+    read = [list(p) + c[: n - 1] for p, c, n in zip(prompts, completion.tolist(), mask.sum(1).tolist())]
+    ids = pad_right(read).to(model.device)                             # (B, T)
     cache = KVCache(model.config, *ids.shape, prefix) if prefix else None
     row, j = mask.nonzero(as_tuple=True)                               # (n,), (n,)
     start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)
@@ -344,11 +350,13 @@ def cosd_step(
                 if callable(divergence):
                     d = divergence(student_logits, teacher_logits)                                           # (n,)
                 elif objective == "policy_gradient":
-                    d = policy_gradient_surrogate(*(x.gather(-1, tokens[:, None])[:, 0] for x in log_softmax_pair(student_logits, teacher_logits)))
+                    log_qp = log_softmax_pair(student_logits, teacher_logits)
+                    d = policy_gradient_surrogate(*(x.gather(-1, tokens[:, None])[:, 0] for x in log_qp))
                 elif objective == "cross_entropy":
                     d = F.cross_entropy(student_logits.float(), tokens, reduction="none")
                 else:
-                    raise ValueError(f"objective {objective!r} is not supported; choose from {', '.join(DIVERGENCES)}, policy_gradient, cross_entropy")
+                    raise ValueError(f"objective {objective!r} is not supported; "
+                                     f"choose from {', '.join(DIVERGENCES)}, policy_gradient, cross_entropy")
                 loss = (w * d).sum()                                                                         # 4. weighted mean
         backward(loss)
         log["loss"] += loss.item()

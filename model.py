@@ -20,8 +20,10 @@ Dimension key
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -60,7 +62,8 @@ class GPTConfig:
         for field in fields(self):
             value, kind = getattr(self, field.name), hints[field.name]
             if get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"GPTConfig.{field.name}={value!r} is not supported; choose from {', '.join(get_args(kind))}")
+                raise ValueError(f"GPTConfig.{field.name}={value!r} is not supported; "
+                                 f"choose from {', '.join(get_args(kind))}")
             if kind is int and value < 1:
                 raise ValueError(f"GPTConfig.{field.name}={value} must be at least 1")
         if self.n_head % self.n_kv_head:
@@ -70,13 +73,15 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"GPTConfig.dropout={self.dropout} must be in [0, 1)")
         if self.rope_scaling and self.rope_scaling.get("rope_type") not in ("linear", "llama3"):
-            raise ValueError(f"GPTConfig.rope_scaling type {self.rope_scaling.get('rope_type')!r} is not supported; choose from linear, llama3")
+            raise ValueError(f"GPTConfig.rope_scaling type {self.rope_scaling.get('rope_type')!r} is not supported; "
+                             "choose from linear, llama3")
 
     def n_params(self) -> int:
         """The parameter count as a formula; a test holds it against the module."""
         D, E, H, K, N = self.d_model, self.head_dim, self.n_head, self.n_kv_head, self.n_layer
         norm = D * (2 if self.norm == "layer" else 1)
-        attention = D * E * (H + 2 * K) + H * E * D + self.qkv_bias * E * (H + 2 * K) + self.out_bias * D + self.qk_norm * 2 * E
+        qkv = E * (H + 2 * K)
+        attention = D * qkv + self.qkv_bias * qkv + H * E * D + self.out_bias * D + self.qk_norm * 2 * E
         mats = 3 if self.mlp == "swiglu" else 2
         mlp = mats * D * self.d_ff + self.mlp_bias * ((mats - 1) * self.d_ff + D)
         embeddings = self.vocab_size * D * (1 if self.tied else 2) + (self.positions == "learned") * self.max_len * D
@@ -111,7 +116,8 @@ class KVCache:
         keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
         visible = torch.arange(self.used, device=k.device) <= slots[..., None]   # (B, T, S)
         if self.prefix is None:
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], enable_gqa=q.shape[1] != k.shape[1])
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], enable_gqa=grouped)
         return attend_with_prefix(q, self.prefix.keys[layer], self.prefix.values[layer], keys, values, visible)
 
 
@@ -174,7 +180,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int, slots: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple | None, cache: KVCache | None, layer: int, slots: Tensor) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q(x).view(B, T, self.n_head, -1)).transpose(1, 2)       # (B, H, T, E)
         k = self.k_norm(self.k(x).view(B, T, self.n_kv_head, -1)).transpose(1, 2)    # (B, K, T, E)
@@ -184,17 +190,17 @@ class Attention(nn.Module):
         if cache:
             y = cache.attend(layer, q, k, v, slots)
         else:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=self.n_head != self.n_kv_head)
+            dropout, grouped = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))                         # (B, T, D)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        D, F_, bias = config.d_model, config.d_ff, config.mlp_bias
-        self.gate = nn.Linear(D, F_, bias=bias) if config.mlp == "swiglu" else None
-        self.up, self.down = nn.Linear(D, F_, bias=bias), nn.Linear(F_, D, bias=bias)
+        wide = partial(nn.Linear, config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.gate = wide() if config.mlp == "swiglu" else None
+        self.up, self.down = wide(), nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
         self.gelu = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,7 +233,7 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:                                    # GPT-2's init: 0.02 at width 768, residual branches smaller
+            if parameter.dim() > 1:                                    # GPT-2's init: 0.02 at width 768, residuals less
                 std = 0.55 / math.sqrt(config.d_model)
                 residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if residual else std)
@@ -251,9 +257,9 @@ class GPT(nn.Module):
             raise ValueError(f"ids must be (B, T), not {tuple(ids.shape)}")
         (B, T), device = ids.shape, ids.device
         offset, used = (cache.offset, cache.used) if cache else (0, 0)
-        if offset + used + T > self.config.max_len:
-            raise ValueError(f"{offset + used + T} positions (shared prefix {offset}, read before {used}, new {T}) "
-                             f"exceed the model's limit of {self.config.max_len} by {offset + used + T - self.config.max_len}")
+        if (needed := offset + used + T) > self.config.max_len:
+            raise ValueError(f"{needed} positions (shared prefix {offset}, read before {used}, new {T}) "
+                             f"exceed the model's limit of {self.config.max_len} by {needed - self.config.max_len}")
         slots = torch.arange(T, device=device)[None]                   # (1, T)
         if cache:
             if torch.is_grad_enabled():
@@ -289,7 +295,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, eos: Collection[int] = (), generator: torch.Generator | None = None, prefix: KVCache | None = None,
+        top_p: float | None = None, eos: Collection[int] = (), generator: torch.Generator | None = None,
+        prefix: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Continue each prompt -> (ids, mask), both (B, N) with N <= max_new_tokens.
 
@@ -299,18 +306,19 @@ class GPT(nn.Module):
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and a token in each")
-        if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(f"generate: max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1 are required, not "
-                             f"{max_new_tokens}, {temperature}, {top_k}, {top_p}")
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        ids = pad_right(prompts).to(self.device)                       # (B, L)
-        eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=self.device)
+        if max_new_tokens < 1 or temperature < 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
+            raise ValueError("generate: max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1 are required, "
+                             f"not {max_new_tokens}, {temperature}, {top_k}, {top_p}")
+        device = self.device
+        ids = pad_right(prompts).to(device)                            # (B, L)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
         B, L = ids.shape
         cache = KVCache(self.config, B, L + max_new_tokens, prefix)
         with evaluating(self):
-            h = self.hidden(ids, cache)[torch.arange(B, device=self.device), lengths - 1]   # (B, D) at each prompt's last token
+            h = self.hidden(ids, cache)[torch.arange(B, device=device), lengths - 1]        # (B, D) at each last token
             cache.length = lengths                                     # the padding is forgotten: its slots will be overwritten
-            running = torch.ones(B, dtype=torch.bool, device=self.device)
+            running = torch.ones(B, dtype=torch.bool, device=device)
             tokens, mask = [], []
             while True:
                 token = sample(self.head(h).float(), temperature, top_k, top_p, generator)  # (B,)
@@ -322,7 +330,9 @@ class GPT(nn.Module):
                 h = self.hidden(tokens[-1][:, None], cache)[:, 0]
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
     """logits (B, V) -> token (B,). top_k / top_p change the policy: rollouts are then off-policy for the divergence."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -332,24 +342,23 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None:
         probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        outside = (probs.cumsum(-1) - probs >= top_p).scatter(1, order, probs.cumsum(-1) - probs >= top_p)
-        logits = logits.masked_fill(outside, float("-inf"))            # the token that crosses top_p stays in
+        outside = probs.cumsum(-1) - probs >= top_p                    # (B, V) sorted; the token that crosses top_p stays in
+        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
     """Ragged rows -> (B, longest), filled on the right. What the fill is does not matter: no causal query sees it."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(list(row), dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-class evaluating:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """`with evaluating(model)`: dropout off inside, the previous mode restored after."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.was_training = model, model.training
-
-    def __enter__(self):
-        self.model.eval()
-
-    def __exit__(self, *error):
-        self.model.train(self.was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -83,33 +83,32 @@ class Config:
     n_head: int = 4
     # the run
     seed: int = 0
-    seeds: int = 1                         # how many seeds in a row, from `seed` on: the table then gives mean ± standard deviation
+    seeds: int = 1                         # how many, from `seed` on: the table then gives mean ± standard deviation
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     eval_size: int = 128                   # held-out prompts, and prompts per probe
     save_every: int = 100
     out: str = "out"
+    bases: str | None = None               # where pretrained bases are kept; default: --out
     resume: bool = False
     preset: Literal["default", "smoke"] = "default"
 
     def __post_init__(self):
         hints = get_type_hints(Config)
+        lowest = dict.fromkeys(("top_k", "micro_batch", "skip", "chunk", "warmup", "seed"), 0)
         for name, value in asdict(self).items():
             if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
                 raise ValueError(f"--{name} {value!r} is not a choice; choose from {', '.join(get_args(hints[name]))}")
-        for name in ("steps", "batch", "max_new_tokens", "pretrain_steps", "pretrain_batch", "n_layer", "d_model", "n_head", "seeds", "eval_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("top_k", "micro_batch", "skip", "chunk", "warmup", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
-        for name, low, high in [("gkd_lambda", 0, 1), ("ema_rate", 0, 1), ("temperature", 0, 100), ("lr", 0, 10), ("pretrain_lr", 0, 10)]:
-            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)} must be between {low} and {high}")
+            if hints[name] is int and value < lowest.get(name, 1):
+                raise ValueError(f"--{name} {value} must be at least {lowest.get(name, 1)}")
+        for name, high in dict(gkd_lambda=1, ema_rate=1, temperature=100, lr=10, pretrain_lr=10).items():
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"--{name} {getattr(self, name)} must be between 0 and {high}")
         if self.anchors is not None and not 0 <= round(self.anchors * self.batch) < self.batch:
-            raise ValueError(f"--anchors {self.anchors} must be a share from 0 up to, not including, 1: at least one prompt of the batch is the task's")
+            raise ValueError(f"--anchors {self.anchors} must be a share from 0 to below 1, so that the task keeps some prompts")
         if not 0 < self.beta < 1:
-            raise ValueError(f"--beta {self.beta} must lie strictly between 0 and 1; for the ends use --divergence forward_kl or reverse_kl")
+            raise ValueError(f"--beta {self.beta} must lie strictly between 0 and 1; "
+                             "for the ends use --divergence forward_kl or reverse_kl")
         if self.d_model % self.n_head or self.d_model // self.n_head % 2:
             raise ValueError(f"--d_model {self.d_model} / --n_head {self.n_head} must be an even whole number, the head width")
         if self.divergence == "policy_gradient" and (self.top_k or self.chunk):
@@ -117,9 +116,9 @@ class Config:
 
     def for_method(self, method: str) -> Config:
         """Fill in the defaults that differ between methods."""
-        sft = method == "sft"
-        return replace(self, method=method, lr=self.lr if self.lr is not None else 1e-4 if sft else 5e-4,
-                       anchors=self.anchors if self.anchors is not None else 0.0 if sft else 0.5)
+        lr, anchors = (1e-4, 0.0) if method == "sft" else (5e-4, 0.5)
+        return replace(self, method=method, lr=lr if self.lr is None else self.lr,
+                       anchors=anchors if self.anchors is None else self.anchors)
 
 
 PRESETS = {
@@ -130,10 +129,11 @@ PRESETS = {
 
 def parse(argv: list[str] | None) -> Config:
     """The command line is the dataclass: one flag a field, `-` or `_`, no abbreviations."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in fields(Config):
-        flags, kind = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]), get_type_hints(Config)[field.name]
-        about = dict(default=argparse.SUPPRESS, help=f"default: {field.default}")
+        kind, about = get_type_hints(Config)[field.name], dict(default=argparse.SUPPRESS, help=f"default: {field.default}")
+        flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
         if get_origin(kind) is Literal:
             parser.add_argument(*flags, choices=get_args(kind), **about)
         elif kind is bool:
@@ -146,18 +146,17 @@ def parse(argv: list[str] | None) -> Config:
 
 def resolve_device(cfg: Config) -> tuple[torch.device, Callable, torch.amp.GradScaler]:
     """-> (device, autocast context, gradient scaler). Weights stay fp32: mixed precision is autocast's, per operation."""
-    if cfg.device == "auto":
+    name = cfg.device
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    else:
-        name = cfg.device
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {cfg.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     dtype = cfg.dtype
-    if dtype == "auto":
-        dtype = {"cuda": "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"}.get(device.type, "fp32")
+    if dtype == "auto" and device.type == "cuda":                      # bf16 needs no scaler; a T4 has only fp16
+        dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
     autocast = partial(torch.autocast, device.type, dtype=low, enabled=low is not None)
     return device, autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
@@ -191,17 +190,19 @@ def load(path: Path, identity: dict) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         theirs = state["identity"]
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this program, or is damaged ({type(error).__name__}): delete it, or choose another --out") from None
-    differs = [f"{k} ({theirs.get(k)!r} there, {identity.get(k)!r} here)" for k in identity | theirs if theirs.get(k) != identity.get(k)]
+        raise ValueError(f"{path} is not a checkpoint of this program, or is damaged ({type(error).__name__}): "
+                         "delete it, or choose another --out") from None
+    differs = [k for k in identity | theirs if theirs.get(k) != identity.get(k)]
     if differs:
-        raise ValueError(f"{path} comes from another configuration: {', '.join(differs)}; run without --resume, or choose another --out")
+        told = ", ".join(f"{k} ({theirs.get(k)!r} there, {identity.get(k)!r} here)" for k in differs)
+        raise ValueError(f"{path} comes from another configuration: {told}; run without --resume, or choose another --out")
     return state
 
 
 def optimize(
-    cfg: Config, student: GPT, step_fn: Callable[[int, Callable], dict], *, folder: Path, identity: dict, steps: int, lr: float, warmup: int,
-    weight_decay: float, scaler: torch.amp.GradScaler, device: torch.device, teacher: Teacher | None = None, resume: bool,
-    on_step: Callable[[int], None] = lambda step: None, label: str,
+    cfg: Config, student: GPT, step_fn: Callable[[int, Callable], dict], *, label: str, folder: Path, identity: dict,
+    steps: int, lr: float, warmup: int, weight_decay: float, scaler: torch.amp.GradScaler,
+    teacher: Teacher | None = None, on_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """AdamW over `steps` calls of step_fn(step, backward), which leaves gradients behind and returns what to log.
 
@@ -210,7 +211,7 @@ def optimize(
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     checkpoint, metrics, start = folder / "checkpoint.pt", folder / "metrics.jsonl", 0
     ema = teacher.model if teacher and teacher.kind == "ema" else None
-    if resume and checkpoint.exists():
+    if cfg.resume and checkpoint.exists():
         state = load(checkpoint, identity)
         start = state["step"]
         student.load_state_dict(state["model"])
@@ -224,17 +225,14 @@ def optimize(
         checkpoint.unlink(missing_ok=True)
         metrics.write_text("")
 
-    def save_checkpoint(step: int) -> None:
-        save(checkpoint, {"identity": identity, "step": step, "model": student.state_dict(), "optimizer": optimizer.state_dict(),
-                          "scaler": scaler.state_dict(), "ema": ema.state_dict() if ema else None})
-
-    # Ctrl-C and kill are noted and acted upon between two steps, when weights and optimizer agree.
+    # Ctrl-C and kill are noted, and acted upon between two steps, when weights and optimizer agree.
     stop: list[int] = []
-    previous = {}
+    handlers = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=steps, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.5)
     try:
-        with metrics.open("a") as metrics_file, tqdm(total=steps, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+        with metrics.open("a") as metrics_file, bar:
             for step in range(start, steps):
                 began = time.perf_counter()
                 torch.manual_seed(seeded(cfg.seed, label, "dropout", step).getrandbits(60))
@@ -247,14 +245,16 @@ def optimize(
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
                 # With a scaler an overflowing gradient is normal: it skips the step and lowers its scale.
                 if not math.isfinite(log["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
-                    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint had been written yet"
-                    raise Diverged(f"{label}: loss {log['loss']}, gradient norm {norm} at step {step}: not a finite number. Try a lower --lr or --dtype fp32; {kept}")
+                    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint yet"
+                    raise Diverged(f"{label}: loss {log['loss']}, gradient norm {norm} at step {step}: not a finite number. "
+                                   f"Try a lower --lr or --dtype fp32; {kept}")
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 if teacher:
                     teacher.update(student)
-                log |= {"step": step, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None, "seconds": round(time.perf_counter() - began, 4)}
+                seconds = round(time.perf_counter() - began, 4)
+                log |= {"step": step, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None, "seconds": seconds}
                 metrics_file.write(json.dumps(log) + "\n")
                 shown = {"loss": "loss", "kl": "kl", "entropy": "H", "length": "len", "eos_rate": "eos"}
                 bar.set_postfix({short: f"{log[key]:.3g}" for key, short in shown.items() if key in log}, refresh=False)
@@ -262,28 +262,30 @@ def optimize(
                 on_step(step)
                 if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                     metrics_file.flush()
-                    save_checkpoint(step + 1)
-                if stop and step + 1 < steps:
-                    raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps} ({label}), saved in {checkpoint}; go on with the same command and --resume")
+                    save(checkpoint, {"identity": identity, "step": step + 1, "model": student.state_dict(),
+                                      "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                                      "ema": ema.state_dict() if ema else None})
+                if stop:
+                    raise KeyboardInterrupt(f"stopped after step {step + 1} of {steps} ({label}), saved in {checkpoint}; "
+                                            "go on with the same command and --resume")
     finally:
-        for number, handler in previous.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    if stop:
-        raise KeyboardInterrupt(f"stopped after {label}, which is complete; go on with the same command and --resume")
 
 
 # ================================================================================================== 3. the base
-def completions(texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Written answers as (ids, mask), both (B, N), with the end marker: the form in which `generate` returns rollouts."""
+def completions(texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Written answers with their end marker as (ids, mask), both (B, N): the form in which `generate` returns rollouts."""
     rows = [encode(text) + [END] for text in texts]
-    return pad_right(rows), pad_right([[1] * len(row) for row in rows]).bool()
+    return pad_right(rows).to(device), pad_right([[1] * len(row) for row in rows]).bool().to(device)
 
 
 @lru_cache(maxsize=1)
 def pretraining_batches(seed: int, group: int, size: int) -> list[list[Example]]:
     """Eight batches drawn at once and cut by length: half the padding, hence half the time."""
     rng = seeded(seed, "pretrain", group)
-    drawn = sorted((contexts.draw_pretraining(rng) for _ in range(8 * size)), key=lambda e: len(render(e.context, e.prompt)) + len(encode(e.answer)))
+    drawn = [contexts.draw_pretraining(rng) for _ in range(8 * size)]
+    drawn.sort(key=lambda e: len(render(e.context, e.prompt)) + len(encode(e.answer)))
     cut = [drawn[i : i + size] for i in range(0, len(drawn), size)]
     rng.shuffle(cut)
     return cut
@@ -292,20 +294,21 @@ def pretraining_batches(seed: int, group: int, size: int) -> list[list[Example]]
 def get_base(cfg: Config, device: torch.device, autocast: Callable, scaler: torch.amp.GradScaler) -> GPT:
     """The base for this configuration and seed: loaded if out/ has it, otherwise pretrained.
 
-    The folder's name is a fingerprint of the settings and of a sample of the data itself, so a changed world means a new base.
+    The folder's name is a fingerprint of the settings and of a sample of the data itself: a changed world means a new base.
     """
-    shape = GPTConfig(len(contexts.RANKS) + 4, cfg.n_layer, cfg.d_model, cfg.n_head, cfg.n_head, cfg.d_model // cfg.n_head, 3 * cfg.d_model)
-    identity = {"model": asdict(shape), "dtype": cfg.dtype} | {k: getattr(cfg, k) for k in ("seed", "pretrain_steps", "pretrain_batch", "pretrain_lr")}
+    D, H = cfg.d_model, cfg.n_head
+    shape = GPTConfig(contexts.ENCODING.n_vocab, cfg.n_layer, D, H, n_kv_head=H, head_dim=D // H, d_ff=3 * D)
+    keys = ("seed", "dtype", "pretrain_steps", "pretrain_batch", "pretrain_lr")
+    identity = {"model": asdict(shape)} | {key: getattr(cfg, key) for key in keys}
     rng = seeded("fingerprint")
     sample = [render(e.context, e.prompt) + encode(e.answer) for e in (contexts.draw_pretraining(rng) for _ in range(256))]
     fingerprint = hashlib.sha256(json.dumps([identity, sample, contexts.VOCABULARY]).encode()).hexdigest()[:10]
-    folder = Path(cfg.out) / f"base-{fingerprint}"
+    folder = Path(cfg.bases or cfg.out) / f"base-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
     base = GPT(shape).to(device)
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        state = load(checkpoint, identity)
+    if (folder / "checkpoint.pt").exists():
+        state = load(folder / "checkpoint.pt", identity)
         if state["step"] == cfg.pretrain_steps:
             base.load_state_dict(state["model"])
             return base
@@ -313,24 +316,24 @@ def get_base(cfg: Config, device: torch.device, autocast: Callable, scaler: torc
     def step_fn(step: int, backward: Callable) -> dict:
         examples = pretraining_batches(cfg.seed, step // 8, cfg.pretrain_batch)[step % 8]
         prompts = [render(e.context, e.prompt) for e in examples]
-        batch = Batch(prompts, prompts, *(x.to(device) for x in completions([e.answer for e in examples])))
+        batch = Batch(prompts, prompts, *completions([e.answer for e in examples], device))
         return cosd_step(base, None, batch, "cross_entropy", eos={END}, max_new_tokens=1, autocast=autocast, backward=backward)
 
-    optimize(cfg, base, step_fn, folder=folder, identity=identity, steps=cfg.pretrain_steps, lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1,
-             scaler=scaler, device=device, resume=cfg.resume, label=f"base, seed {cfg.seed}")
+    optimize(cfg, base, step_fn, label=f"base, seed {cfg.seed}", folder=folder, identity=identity, steps=cfg.pretrain_steps,
+             lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1, scaler=scaler)
     return base
 
 
 # ================================================================================================ 4. evaluation
 def answers(model: GPT, prompts: list[list[int]], cfg: Config) -> list[str]:
-    """Greedy answers as text, without the end marker (an answer that never ended shows a trailing …)."""
+    """Greedy answers as text, without the end marker; an answer that never ended shows a trailing …"""
     ids, mask = model.generate(prompts, cfg.max_new_tokens, temperature=0, eos={END})
     rows = [row[m].tolist() for row, m in zip(ids, mask)]
     return [decode(row[:-1]) if row[-1] == END else decode(row) + " …" for row in rows]
 
 
 def evaluate(model: GPT, examples: list[Example], with_context: bool, cfg: Config) -> dict[str, float]:
-    """Mean of `contexts.grade` over the examples."""
+    """Mean of each of `contexts.grade`'s grades over the examples that have it."""
     texts = answers(model, [render(e.context if with_context else None, e.prompt) for e in examples], cfg)
     grades = [contexts.grade(e, text) for e, text in zip(examples, texts)]
     return {key: statistics.fmean(g[key] for g in grades if key in g) for key in {k: 0 for g in grades for k in g}}
@@ -340,145 +343,158 @@ def evaluate(model: GPT, examples: list[Example], with_context: bool, cfg: Confi
 def drift(base: GPT, tuned: GPT, examples: list[Example], cfg: Config) -> float:
     """KL(base‖tuned) in nats per token, on the base's own samples to prior prompts in their contexts."""
     prompts = [render(e.context, e.prompt) for e in examples]
-    ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={END}, generator=torch_generator(base.device, cfg.seed, "drift"))
-    logits = [model.head(completion_states(model, prompts, ids, mask)) for model in (tuned, base)]
+    generator = torch_generator(base.device, cfg.seed, "drift")
+    ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={END}, generator=generator)
+    logits = [model.head(completion_states(model, prompts, ids, mask)) for model in (tuned, base)]     # (n, V) each
     return forward_kl(*logits).mean().item()
 
 
 # ======================================================================================= 5. one run of one method
 def make_batch(cfg: Config, context: str, step: int, teacher: Teacher) -> Batch:
     """The task's prompts of this step, and their completions unless the student is to write them."""
-    rng = seeded(cfg.seed, context, "task", step)
+    rng, device = seeded(cfg.seed, context, "task", step), teacher.model.device
     examples = [TASKS[context](rng) for _ in range(cfg.batch - round(cfg.anchors * cfg.batch))]
     batch = Batch([render(None, e.prompt) for e in examples], [render(e.context, e.prompt) for e in examples])
-    expert = cfg.method == "sft" or (cfg.method == "gkd" and rng.random() >= cfg.gkd_lambda)
-    if expert:
-        batch.completion, batch.mask = (x.to(teacher.model.device) for x in completions([e.expert for e in examples]))
+    if cfg.method == "sft" or (cfg.method == "gkd" and rng.random() >= cfg.gkd_lambda):
+        batch.completion, batch.mask = completions([e.expert for e in examples], device)
     elif cfg.method == "offline":
         batch.completion, batch.mask = teacher.model.generate(
             batch.teacher_prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END},
-            generator=torch_generator(teacher.model.device, cfg.seed, context, "offline", step))
+            generator=torch_generator(device, cfg.seed, context, "offline", step))
     return batch
+
+
+def make_anchors(cfg: Config, context: str, step: int) -> Batch:
+    """Prompts under other contexts or none, the same for student and teacher: replay from the model's own distribution."""
+    rng = seeded(cfg.seed, context, "anchors", step)
+    examples = [contexts.draw_anchor(rng, context) for _ in range(round(cfg.anchors * cfg.batch))]
+    prompts = [render(e.context, e.prompt) for e in examples]
+    return Batch(prompts, prompts)
+
+
+def make_objective(cfg: Config) -> str | Callable:
+    if cfg.method == "sft":
+        return "cross_entropy"
+    if cfg.divergence == "policy_gradient":
+        return "policy_gradient"
+    divergence = partial(jsd, beta=cfg.beta) if cfg.divergence == "jsd" else DIVERGENCES[cfg.divergence]
+    return partial(top_k_divergence, k=cfg.top_k, divergence=divergence) if cfg.top_k else divergence
 
 
 def sample_text(student: GPT, teacher: Teacher, examples: list[Example], cfg: Config, step: int) -> str:
     """A few rollouts with the student's and the teacher's probability of every token."""
-    prompts = [render(None, e.prompt) for e in examples]
-    teacher_prompts = [render(e.context, e.prompt) for e in examples]
-    ids, mask = student.generate(prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END}, generator=torch_generator(student.device, cfg.seed, "samples", step))
+    prompts, teacher_prompts = ([render(c, e.prompt) for e, c in zip(examples, cs)] for cs in
+                                ([None] * len(examples), [e.context for e in examples]))
+    generator = torch_generator(student.device, cfg.seed, "samples", step)
+    ids, mask = student.generate(prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END}, generator=generator)
+    tokens = ids[mask]                                                                                 # (n,)
     with torch.no_grad():
-        q = student.head(completion_states(student, prompts, ids, mask)).softmax(-1)                # (n, V)
+        q = student.head(completion_states(student, prompts, ids, mask)).softmax(-1)                   # (n, V)
         p = teacher.model.head(teacher.states(teacher_prompts, ids, mask)).softmax(-1)
-    tokens = ids[mask]
-    views = [f"{decode([t])!r} {a:.2f}→{b:.2f}" for t, a, b in zip(tokens.tolist(), q.gather(1, tokens[:, None])[:, 0], p.gather(1, tokens[:, None])[:, 0])]
-    lines = [f"--- step {step}: token, probability student→teacher"]
+    views = iter([f"{decode([t])!r} {a:.2f}→{b:.2f}" for t, a, b in zip(
+        tokens.tolist(), *(x.gather(1, tokens[:, None])[:, 0].tolist() for x in (q, p)))])
+    lines = [f"--- step {step}: token, its probability under student→teacher"]
     for example, n in zip(examples, mask.sum(1).tolist()):
-        lines += [f"C: {example.context}\nx: {example.prompt}\n   " + " ".join(views[:n])]
-        views = views[n:]
+        lines += [f"C: {example.context}", f"x: {example.prompt}", "   " + "  ".join(next(views) for _ in range(n))]
     return "\n".join(lines) + "\n"
 
 
+NOT_IDENTITY = ("out", "bases", "resume", "seeds", "device", "save_every", "preset")   # these do not change a run's result
+
+
 def run(cfg: Config, context: str, method: str, base: GPT, autocast: Callable, scaler: torch.amp.GradScaler) -> dict:
-    """Compile one context into the weights by one method; evaluate before and after. Writes out/<run>/ and returns the result."""
-    cfg = replace(cfg.for_method(method), context=context)
+    """Compile one context into the weights by one method, with evaluation before and after. Writes out/<run>/."""
+    cfg, device, label = replace(cfg.for_method(method), context=context), base.device, f"{context} / {method}, seed {cfg.seed}"
     folder = Path(cfg.out) / f"{context}-{method}-seed{cfg.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "resume", "seeds", "device", "save_every", "preset")}
-    result_file = folder / "result.json"
-    if cfg.resume and result_file.exists():
-        result = json.loads(result_file.read_text())
-        if result["config"] == settings:
-            print(f"{context} / {method}, seed {cfg.seed}: complete, taken from {result_file}")
-            return result
-    if not cfg.resume:
-        result_file.unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    result_file, samples = folder / "result.json", folder / "samples.txt"
+    identity = {k: v for k, v in asdict(cfg).items() if k not in NOT_IDENTITY}
+    if cfg.resume and result_file.exists() and (result := json.loads(result_file.read_text()))["config"] == identity:
+        print(f"{label}: complete, taken from {result_file}")
+        return result
+    result_file.unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(identity, indent=1))
 
-    student, device = copy.deepcopy(base), base.device
-    task = partial(TASKS[context], seeded(cfg.seed, context, "heldout"), True)
-    heldout = [task() for _ in range(cfg.eval_size)]
+    student = copy.deepcopy(base)
+    rng = seeded(cfg.seed, context, "heldout")
+    heldout = [TASKS[context](rng, heldout=True) for _ in range(cfg.eval_size)]
     probes = contexts.probes(seeded(cfg.seed, context, "probes"), context, cfg.eval_size)
-    one_context = len({e.context for e in heldout}) == 1
-    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, common_prefix([render(e.context, e.prompt) for e in heldout]) if one_context else ())
+    one_context = len({e.context for e in heldout}) == 1               # types B and C: read it once
+    shared = common_prefix([render(e.context, e.prompt) for e in heldout]) if one_context else ()
+    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, shared)
     anchor_teacher = teacher if cfg.teacher == "frozen" else Teacher(base, "frozen")
 
     # Pre-flight: the teacher is the ceiling. If it does not beat the student there is nothing to distil.
     ceiling, before = evaluate(base, heldout, True, cfg), evaluate(base, heldout, False, cfg)
-    print(f"\n{context} / {method}, seed {cfg.seed}: held-out score with C (teacher) {ceiling['score']:.2f}, without (student) {before['score']:.2f}")
+    print(f"\n{label}: held-out score with C (teacher) {ceiling['score']:.2f}, without (student) {before['score']:.2f}")
     if ceiling["score"] <= before["score"]:
-        print("  The teacher does not beat the student: this context cannot teach this model anything. Training goes on, to show it.")
+        print("  The teacher does not beat the student: this context cannot teach this model anything. Going on, to show it.")
 
-    if method == "sft":
-        objective = "cross_entropy"
-    elif cfg.divergence == "policy_gradient":
-        objective = "policy_gradient"
-    else:
-        objective = partial(jsd, beta=cfg.beta) if cfg.divergence == "jsd" else DIVERGENCES[cfg.divergence]
-        objective = partial(top_k_divergence, k=cfg.top_k, divergence=objective) if cfg.top_k else objective
-    settings_of_step = dict(eos={END}, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, reduction=cfg.reduction,
-                            micro_batch=cfg.micro_batch or None, chunk=cfg.chunk or None, autocast=autocast)
+    objective = make_objective(cfg)
+    common = dict(eos={END}, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, reduction=cfg.reduction,
+                  micro_batch=cfg.micro_batch or None, chunk=cfg.chunk or None, autocast=autocast)
 
     def step_fn(step: int, backward: Callable) -> dict:
-        generator = torch_generator(device, cfg.seed, context, "rollout", step)
-        log = cosd_step(student, teacher, make_batch(cfg, context, step, teacher), objective, generator=generator, skip=cfg.skip,
-                        weight=1 - cfg.anchors, backward=backward, **settings_of_step)
+        common.update(backward=backward, generator=torch_generator(device, cfg.seed, context, "rollout", step))
+        batch = make_batch(cfg, context, step, teacher)
+        log = cosd_step(student, teacher, batch, objective, skip=cfg.skip, weight=1 - cfg.anchors, **common)
         if cfg.anchors:
-            # Anchors: prompts under other contexts or none; the base, in the same context, is the teacher. The student writes.
-            rng = seeded(cfg.seed, context, "anchors", step)
-            prompts = [render(e.context, e.prompt) for e in (contexts.draw_anchor(rng, context) for _ in range(round(cfg.anchors * cfg.batch)))]
-            anchored = cosd_step(student, anchor_teacher, Batch(prompts, prompts), "forward_kl" if method == "sft" else objective,
-                                 generator=generator, weight=cfg.anchors, backward=backward, **settings_of_step)
+            on_anchors = "forward_kl" if method == "sft" else objective
+            anchors = make_anchors(cfg, context, step)
+            anchored = cosd_step(student, anchor_teacher, anchors, on_anchors, weight=cfg.anchors, **common)
             log |= {"loss": log["loss"] + anchored["loss"], "anchor_kl": anchored["kl"]}
         return log
 
-    samples = folder / "samples.txt"
+    def write_samples(step: int) -> None:
+        with samples.open("a") as file:
+            file.write(sample_text(student, teacher, heldout[:3], cfg, step))
+
     if not (cfg.resume and (folder / "checkpoint.pt").exists()):
-        samples.write_text(sample_text(student, teacher, heldout[:3], cfg, 0))
-
-    def on_step(step: int) -> None:
-        if (step + 1) % max(1, cfg.steps // 3) == 0:
-            with samples.open("a") as file:
-                file.write(sample_text(student, teacher, heldout[:3], cfg, step + 1))
-
+        samples.write_text("")
+        write_samples(0)
     began = time.perf_counter()
-    optimize(cfg, student, step_fn, folder=folder, identity=settings, steps=cfg.steps, lr=cfg.lr, warmup=cfg.warmup, weight_decay=0.0, scaler=scaler,
-             device=device, teacher=teacher, resume=cfg.resume, on_step=on_step, label=f"{context} / {method}, seed {cfg.seed}")
+    optimize(cfg, student, step_fn, label=label, folder=folder, identity=identity, steps=cfg.steps, lr=cfg.lr,
+             warmup=cfg.warmup, weight_decay=0.0, scaler=scaler, teacher=teacher,
+             on_step=lambda step: write_samples(step + 1) if (step + 1) % max(1, cfg.steps // 3) == 0 else None)
     seconds = time.perf_counter() - began
 
     prior = {name: [evaluate(model, suite, True, cfg)["exact"] for model in (base, student)] for name, suite in probes.items()}
-    shown = heldout[:2] + [e for suite in probes.values() for e in suite[:4]]
-    texts = [answers(model, [render(None if i < 2 else e.context, e.prompt) for i, e in enumerate(shown)], cfg) for model in (base, student)]
+    change = {name: after - was for name, (was, after) in prior.items()}
+    shown = [replace(e, context=None) for e in heldout[:2]] + [e for suite in probes.values() for e in suite[:4]]
+    said = [answers(model, [render(e.context, e.prompt) for e in shown], cfg) for model in (base, student)]
     result = {
-        "config": settings, "context": context, "method": method, "seed": cfg.seed, "teacher": ceiling, "before": before,
-        "after": evaluate(student, heldout, False, cfg), "prior": prior,
-        "prior_change": statistics.fmean(after - was for was, after in prior.values()),
-        "steerability_change": statistics.fmean(after - was for name, (was, after) in prior.items() if name != "verbs"),
+        "config": identity, "context": context, "method": method, "seed": cfg.seed,
+        "teacher": ceiling, "before": before, "after": evaluate(student, heldout, False, cfg), "prior": prior,
+        "prior_change": statistics.fmean(change.values()),
+        "steerability_change": statistics.fmean(value for name, value in change.items() if name != "verbs"),
         "drift": drift(base, student, [e for suite in probes.values() for e in suite], cfg),
-        "prompt_tokens_saved": statistics.fmean(len(render(e.context, e.prompt)) - len(render(None, e.prompt)) for e in heldout),
+        "prompt_tokens_saved": statistics.fmean(len(render(e.context, "")) - len(render(None, "")) for e in heldout),
         "seconds": round(seconds, 1),
-        "samples": [{"context": None if i < 2 else e.context, "prompt": e.prompt, "reference": e.answer, "before": was, "after": now}
-                    for i, (e, was, now) in enumerate(zip(shown, *texts))],
+        "samples": [{"context": e.context, "prompt": e.prompt, "reference": e.answer, "before": was, "after": now}
+                    for e, was, now in zip(shown, *said)],
     }
     result_file.write_text(json.dumps(result, indent=1))
     return result
 
 
 # ================================================================================================ 6. the report
-COLUMNS: dict[str, Callable[[dict], float]] = {
-    "teacher": lambda r: r["teacher"]["score"],
-    "before": lambda r: r["before"]["score"],
-    "after": lambda r: r["after"]["score"],
-    "exact": lambda r: r["after"]["exact"],
-    "prior": lambda r: r["prior_change"],
-    "steerability": lambda r: r["steerability_change"],
-    "drift": lambda r: r["drift"],
-    "over-refusal": lambda r: r["after"].get("over_refusal", math.nan),
-    "tokens saved": lambda r: r["prompt_tokens_saved"],
-    "seconds": lambda r: r["seconds"],
+COLUMNS: dict[str, tuple[Callable[[dict], float], int]] = {            # title: (value of a result, digits)
+    "teacher": (lambda r: r["teacher"]["score"], 2),
+    "before": (lambda r: r["before"]["score"], 2),
+    "after": (lambda r: r["after"]["score"], 2),
+    "exact": (lambda r: r["after"]["exact"], 2),
+    "prior": (lambda r: r["prior_change"], 3),
+    "steerability": (lambda r: r["steerability_change"], 3),
+    "drift": (lambda r: r["drift"], 4),
+    "over-refusal": (lambda r: r["after"].get("over_refusal", math.nan), 2),
+    "tokens saved": (lambda r: r["prompt_tokens_saved"], 0),
+    "seconds": (lambda r: r["seconds"], 0),
 }
-LEGEND = """Scores are shares of held-out prompts answered rightly, greedy. teacher: the base with C in its prompt; before / after: without C.
-score counts content, exact also the manner. prior: mean change of exact match over the known verbs and four kinds of other contexts;
-steerability: the same over the contexts alone. drift: KL(base‖tuned) on those prompts, nats per token. tokens saved: |C| per prompt."""
+LEGEND = """\
+Shares of held-out prompts answered rightly, greedy. teacher: the base with C in its prompt; before, after: without C.
+before and after count content, exact also the manner. prior: mean change of exact match over the known verbs and four
+kinds of other contexts; steerability: the same over those contexts alone. drift: KL(base‖tuned) on these prompts, nats
+per token. over-refusal: allowed items refused. tokens saved: |C| per prompt. ±: standard deviation over seeds."""
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -489,29 +505,28 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def report(results: list[dict], out: Path) -> str:
-    """results.json, results.md and figure.png from the runs; returns the table as Markdown."""
+    """results.json, results.md and figure.png from the runs; returns what results.md says."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for result in results:
         groups.setdefault((result["context"], result["method"]), []).append(result)
-    digits = {"drift": 4, "prior": 3, "steerability": 3, "tokens saved": 1, "seconds": 0}
-    lines = ["| context | method | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
-    for (context, method), runs in groups.items():
-        lines.append(f"| {context} | {method} | " + " | ".join(spread([column(r) for r in runs], digits.get(name, 2)) for name, column in COLUMNS.items()) + " |")
-    table = "\n".join(lines)
-    said = ["Answers of the first seed: two held-out prompts of each task, without context, and the two probes of prior skills that changed the most.", "",
-            "| context | prompt | reference | before | " + " | ".join(dict.fromkeys(m for _, m in groups)) + " |"]
-    said.append("|" + "---|" * (said[-1].count("|") - 1))
-    for context in dict.fromkeys(c for c, _ in groups):
-        runs = [groups[key][0] for key in groups if key[0] == context]
-        changed = lambda i: -sum(r["samples"][i]["after"] != r["samples"][i]["before"] for r in runs)
-        for i in [0, 1, *sorted(range(2, len(runs[0]["samples"])), key=changed)[:2]]:
-            sample = runs[0]["samples"][i]
-            prompt = f"({sample['context']}) {sample['prompt']}" if sample["context"] else sample["prompt"]
-            said.append("| " + " | ".join([context, prompt, sample["reference"], sample["before"], *(r["samples"][i]["after"] for r in runs)]) + " |")
+    table = [["context", "method", *COLUMNS]]
+    for key, runs in groups.items():
+        table.append([*key, *(spread([value(r) for r in runs], digits) for value, digits in COLUMNS.values())])
+    said = [["context", "prompt", "reference", "before", *dict.fromkeys(method for _, method in groups)]]
+    for context in dict.fromkeys(context for context, _ in groups):
+        samples = [runs[0]["samples"] for (name, _), runs in groups.items() if name == context]
+        changed = lambda i: -sum(s[i]["after"] != s[i]["before"] for s in samples)
+        for i in [0, 1, *sorted(range(2, len(samples[0])), key=changed)[:2]]:
+            s = samples[0][i]
+            prompt = f"({s['context']}) {s['prompt']}" if s["context"] else s["prompt"]
+            said.append([context, prompt, s["reference"], s["before"], *(s[i]["after"] for s in samples)])
+    markdown = lambda rows: "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    text = (f"{markdown(table)}\n\n{LEGEND}\n\nAnswers of the first seed: two held-out prompts of each task, without context, "
+            f"and the two probes of prior skills that changed the most.\n\n{markdown(said)}\n")
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    (out / "results.md").write_text(f"{table}\n\n{LEGEND}\n\n" + "\n".join(said) + "\n")
+    (out / "results.md").write_text(text)
     draw_figure(groups, out / "figure.png")
-    return f"{table}\n\n{LEGEND}\n\n" + "\n".join(said)
+    return text
 
 
 def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
@@ -524,35 +539,38 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names, methods = list(dict.fromkeys(c for c, _ in groups)), list(dict.fromkeys(m for _, m in groups))
-    colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]))          # Okabe-Ito: safe for colour-blind readers
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    anyone = {name: next(runs for (c, _), runs in groups.items() if c == name) for name in names}
-    bars = [("without C, before", "#BBBBBB", anyone, lambda r: r["before"]["score"], left)]
-    for axis, key in ((left, lambda r: r["after"]["score"]), (right, lambda r: r["prior_change"])):
-        bars += [(method.upper(), colors[method], {n: groups.get((n, method), []) for n in names}, key, axis) for method in methods]
-    bars.insert(1 + len(methods), ("with C, before (teacher)", "#555555", anyone, lambda r: r["teacher"]["score"], left))
-    for axis in (left, right):
-        mine = [bar for bar in bars if bar[4] is axis]
-        width = 0.8 / len(mine)
-        for i, (label, color, runs_of, key, _) in enumerate(mine):
-            at = [x + (i - (len(mine) - 1) / 2) * width for x, n in enumerate(names) if runs_of[n]]
-            values = [[key(r) for r in runs_of[n]] for n in names if runs_of[n]]
+    names, methods = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
+    letters = dict(zip(TASKS, "ABCD"))
+    colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]))          # Okabe-Ito: colour-blind safe
+    tuned = lambda value: [(m.upper(), colors[m], m, value) for m in methods]
+    panels = [                                                                         # bars: label, colour, method, value
+        ("Learned: held-out score, no context in the prompt", "share right",
+         [("before", "#BBBBBB", methods[0], COLUMNS["before"][0]), *tuned(COLUMNS["after"][0]),
+          ("teacher, with context", "#555555", methods[0], COLUMNS["teacher"][0])]),
+        ("Forgotten: prior skills and steerability", "change of exact match", tuned(COLUMNS["prior"][0])),
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
+    for axis, (title, unit, bars) in zip(axes, panels):
+        width = 0.8 / len(bars)
+        for i, (label, color, method, value) in enumerate(bars):
+            values = [[value(r) for r in groups[name, method]] for name in names]
             error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-            axis.bar(at, [statistics.fmean(v) for v in values], width, label=label, color=color, yerr=error if any(error) else None, capsize=2)
-        axis.set_xticks(range(len(names)), [f"{letter}: {n}" for letter, n in ((chr(65 + list(TASKS).index(n)), n) for n in names)], fontsize=8)
+            at = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(names))]
+            axis.bar(at, list(map(statistics.fmean, values)), width, label=label, color=color,
+                     yerr=error if any(error) else None, capsize=2)
+        axis.set_xticks(range(len(names)), [f"{letters[name]}: {name}" for name in names], fontsize=8)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-    left.set(title="Learned: held-out score without context in the prompt", ylabel="share right", ylim=(0, 1.3))
-    left.legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
-    right.set(title="Forgotten: change of prior skills and steerability", ylabel="change of exact match")
+        axis.set(title=title, ylabel=unit)
+    axes[0].set_ylim(0, 1.3)
+    axes[0].legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 # ================================================================================================= 7. the story
 def train(cfg: Config) -> dict:
-    """Everything that `python train.py` does, for notebooks and tests -> {"results": [...], "table": Markdown}."""
+    """Everything that `python train.py` does, for notebooks and tests -> {"results": [...], "report": Markdown}."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     device, autocast, scaler = resolve_device(cfg)
@@ -566,9 +584,10 @@ def train(cfg: Config) -> dict:
                 if scaler.is_enabled():
                     scaler.load_state_dict(fresh_scaler)
                 results.append(run(seed_cfg, context, method, base, autocast, scaler))
-    table = report(results, out)
-    print(f"\n{table}\n\nWritten to {out}/: results.md, results.json, figure.png; per run config.json, metrics.jsonl, samples.txt, result.json, checkpoint.pt")
-    return {"results": results, "table": table}
+    text = report(results, out)
+    print(f"\n{text}\nWritten to {out}/: results.md, results.json, figure.png; "
+          "and for each run config.json, metrics.jsonl, samples.txt, result.json, checkpoint.pt")
+    return {"results": results, "report": text}
 
 
 def main(argv: list[str] | None = None) -> int:

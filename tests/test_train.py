@@ -61,7 +61,7 @@ def test_whole_story_in_small(tmp_path, capsys):
     story = train.train(Config(**SMOKE | {"out": str(tmp_path), "device": "cpu"}))
     assert [(r["context"], r["method"]) for r in story["results"]] == [(c, m) for c in TASKS for m in ("cosd", "sft")]
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(story["results"]))
-    assert story["table"] in (tmp_path / "results.md").read_text() and story["table"] in capsys.readouterr().out
+    assert story["report"] in (tmp_path / "results.md").read_text() and story["report"] in capsys.readouterr().out
     assert (tmp_path / "figure.png").exists() or "matplotlib" not in sys.modules
     for result in story["results"]:
         folder = tmp_path / f"{result['context']}-{result['method']}-seed0"
@@ -315,7 +315,7 @@ def test_table_gives_mean_and_standard_deviation_over_seeds(out):
     story = train.train(smoke(out, seeds=2, method="sft"))
     assert [r["seed"] for r in story["results"]] == [0, 1]
     drifts = torch.tensor([r["drift"] for r in story["results"]])
-    assert f"{drifts.mean():.4f} ± {drifts.std():.4f}" in story["table"]
+    assert f"{drifts.mean():.4f} ± {drifts.std():.4f}" in story["report"]
     assert train.spread([0.5, 0.7], 2) == "0.60 ± 0.14" and train.spread([0.5], 2) == "0.50"
 
 

@@ -1,0 +1,53 @@
+"""The README keeps its word: line counts, commands, links, and numbers equal to the committed runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from train import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    (python|pip|pytest)\b", line)]
+
+
+def test_line_counts():
+    counts = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M))
+    assert counts == {f.name: str(len(f.read_text().splitlines())) for f in ROOT.glob("*.py")}
+
+
+def test_top_level_is_as_the_readme_says():
+    ignored = {"out", "build", "dist", "__pycache__", "cosd.egg-info"}
+    names = {f.name for f in ROOT.iterdir() if not f.name.startswith(".")} - ignored
+    assert names == {"README.md", "pyproject.toml", "LICENSE", "cosd.py", "model.py", "contexts.py", "train.py", "tests", "notebooks"}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py")])
+def test_every_train_command_parses(command):
+    assert parse(shlex.split(command)[2:])
+
+
+def test_every_flag_named_in_the_text_exists():
+    flags = set(re.findall(r"`(--[a-z-]+)", README)) | set(re.findall(r"(?<= )--[a-z-]+", " ".join(COMMANDS)))
+    known = {"--rounds"}
+    for flag in flags - known:
+        try:
+            parse([flag])
+        except SystemExit:
+            pass
+    help_text = (ROOT / "train.py").read_text()
+    assert all(f" {flag[2:].replace('-', '_')}:" in help_text for flag in flags - known), flags
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("name", [f.parent.name for f in sorted(ROOT.glob("notebooks/results/*/results.md"))])
+def test_numbers_are_those_of_the_committed_runs(name):
+    """Every row that the README shows under a run's heading is, to the letter, a row of that run's results.md."""
+    table = (ROOT / "notebooks" / "results" / name / "results.md").read_text().split("\n\n")[0]
+    assert table in README
