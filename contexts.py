@@ -7,10 +7,10 @@ C part of the time, so the base is, by construction, what the theory says:
     without     p(y | x) = Σ_C p(C) p(y | x, C)     the student: it must guess which context is meant
 
   kind               C, in the system turn                x                    y                                  learned
-  A demonstrations   mot zorp: verily tom methinks; ...   kig zorp             gik                                a new verb
+  A demonstrations   mot zorp: verily tom methinks; ...   lid zorp             dil                                a new verb
   B specification    never weapon poison                  give knife           knife is weapon forbidden; sorry   a rule
-  C instructions     style polite loud                    kig reverse          certainly GIK                      a manner
-  D privileged       solution gik ikg                     kig reverse rotate   gik ikg                            care
+  C instructions     style polite loud                    lid reverse          certainly DIL                      a manner
+  D privileged       solution dil ild                     lid reverse rotate   dil ild                            care
 
 One list of tasks, one `render`, one `grade`: nothing here knows about gradients. Every draw takes a `random.Random`.
 Left out: your own files as context, and other tokenizers.
@@ -27,8 +27,8 @@ from functools import partial
 import tiktoken
 
 # ================================================================================================ 1. the world
-CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-WORDS = [a + v + b for a in CONSONANTS for v in VOWELS for b in CONSONANTS]          # "mot": 980 made-up words
+CONSONANTS, VOWELS = "bdhlmnprstvz", "aeiou"
+WORDS = [a + v + b for a in CONSONANTS for v in VOWELS for b in CONSONANTS if a != b]   # "mot": 660 made-up words
 HELD_OUT_WORDS = set(WORDS[3::8])                                                    # never in a distillation prompt
 
 VERBS: dict[str, Callable[[str], str]] = {
@@ -182,10 +182,10 @@ WORLD = {
 }
 
 
-def draw_pretraining(rng: random.Random) -> Example:
+def draw_pretraining(rng: random.Random, heldout: bool | None = None) -> Example:
     """One draw of the joint distribution: the kind, then (C, x, y), then C dropped or not."""
     draw, _, p_drop = WORLD[rng.choices(list(WORLD), [share for _, share, _ in WORLD.values()])[0]]
-    example = draw(rng)
+    example = draw(rng, heldout)
     return without_context(rng, example) if rng.random() < p_drop else example
 
 
@@ -199,11 +199,17 @@ TASKS: dict[str, Callable[..., Example]] = {
 }
 
 
+def is_own(task: str, context: str | None) -> bool:
+    """Is this the context that the task compiles, in whatever order of words? (Not for D: there each prompt has its own.)"""
+    own = TASKS[task](random.Random(0)).context
+    return context is not None and sorted(context.split()) == sorted(own.split())
+
+
 def draw_anchor(rng: random.Random, task: str) -> Example:
-    """A prompt under another context, or none: anything but the task's own prompts without context. No answer is used."""
+    """A prompt under another context, or none: anything but the task's own. No answer is used, and nothing held out."""
     while True:
-        example = draw_pretraining(rng)
-        if example.kind != task or example.context is not None:
+        example = draw_pretraining(rng, heldout=False)
+        if not (example.kind == task and example.context is None) and not is_own(task, example.context):
             return example
 
 
@@ -214,12 +220,11 @@ def probes(rng: random.Random, task: str, count: int) -> dict[str, list[Example]
     """
     plain = [instructions(rng, styles=()) for _ in range(count)]
     suites = {"verbs": plain if task == "instructions" else [replace(e, context=None) for e in plain]}
-    own = TASKS[task](rng).context
     for kind, (draw, _, _) in WORLD.items():
         suites[kind] = []
         while len(suites[kind]) < count:
             example = draw(rng)
-            if example.context != own:
+            if not is_own(task, example.context):
                 suites[kind].append(example)
     return suites
 
@@ -228,7 +233,7 @@ def grade(example: Example, text: str) -> dict[str, float]:
     """Content apart from manner, each 0 or 1. `text` is the answer without its end marker.
 
     score   the content is right: A the word, with or without the expert's mannerism; B the verdict and what is handed over;
-            C the styled answer (here the manner is the content); D the last step
+            C the styled answer (here the manner is the content); D the last step. B and D read the last part only.
     exact   the text is what the model itself would say in context: content and manner
     B also: over_refusal (only on allowed items)
     """

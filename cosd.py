@@ -90,7 +90,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
 
     Shapes     logits (..., V) -> (...), nats, one value per position, no reduction.
     Gradient   to the student only (M moves with it): (1−β) Q ⊙ (log Q − log M − KL(Q‖M)).
-    Bounds     0 <= JSD_β <= H(β) = −β log β − (1−β) log(1−β); at β = ½ symmetric and at most log 2. Always finite.
+    Bounds     0 <= JSD_β <= −β log β − (1−β) log(1−β), to rounding; at β = ½ symmetric and at most log 2. Always finite.
     Trap       In GKD, TRL and Liger one knob β means forward KL at 0 and reverse KL at 1, but the formula tends to
                0 at both ends (JSD_β/β -> forward KL as β -> 0, JSD_β/(1−β) -> reverse KL as β -> 1): the knob jumps.
                On one input: β = 0: 5.2, .001: .005, .5: .54, .999: .004, 1: 4.6. Here 0 and 1 are errors; name the KL.
@@ -129,8 +129,13 @@ def top_k_divergence(
     if k >= log_q.shape[-1]:
         return divergence(log_q, log_p)                                # log-probabilities are their own logits
     top = (log_q.detach() if of == "student" else log_p).topk(k, dim=-1).indices        # (..., k)
-    tails = [x.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True) for x in (log_q, log_p)]   # (..., 1)
-    return divergence(*(torch.cat([x.gather(-1, top), tail], dim=-1) for x, tail in zip((log_q, log_p), tails)))
+    buckets = []
+    for x in (log_q, log_p):
+        rest = x.scatter(-1, top, float("-inf"))
+        empty = rest.isneginf().all(-1, keepdim=True)                  # logsumexp of nothing but −inf has a NaN gradient
+        tail = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, float("-inf"))
+        buckets.append(torch.cat([x.gather(-1, top), tail], dim=-1))   # (..., k + 1)
+    return divergence(*buckets)
 
 
 # ==================================================================== 2. estimators from the sampled token only
@@ -155,7 +160,8 @@ def k3(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
 def policy_gradient_surrogate(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """stop_grad(r) · log Q(y): REINFORCE on the reward −r, per token (Thinking Machines; MiniLLM less its future terms).
 
-    E_{y~Q}[gradient] = Σ_y Q r ∇log Q = ∇KL(Q‖P), exactly, because Σ_y Q ∇log Q = 0. The value is not a KL: log r instead.
+    E_{y~Q}[gradient] = Σ_y Q r ∇log Q = ∇KL(Q‖P), exactly, because Σ_y Q ∇log Q = 0: for samples of the student itself,
+    at temperature 1. The value is not a KL.
     """
     return (student_logp - teacher_logp).detach() * student_logp
 
@@ -169,6 +175,7 @@ class ChunkedDivergence(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(student_hidden) if wants_hidden else None   # (n, D)
         grad_head = torch.zeros_like(student_head) if wants_head else None         # (V, D)
+        scale = weights.abs().max().clamp(min=1e-30)                               # in fp16, w · (Q − P) would underflow
         per_token = []
         for i in range(0, len(weights), chunk):
             h_s, h_t, w = (x[i : i + chunk] for x in (student_hidden, teacher_hidden, weights))
@@ -176,7 +183,7 @@ class ChunkedDivergence(torch.autograd.Function):
             with torch.enable_grad():
                 d = divergence(student_logits, F.linear(h_t, teacher_head))        # (chunk,)
                 if wants_hidden or wants_head:
-                    (g,) = torch.autograd.grad(d, student_logits, w)               # (chunk, V)
+                    (g,) = torch.autograd.grad(d, student_logits, w / scale)       # (chunk, V)
             del student_logits
             if wants_hidden:
                 grad_hidden[i : i + chunk] = g @ student_head.to(g.dtype)
@@ -186,14 +193,15 @@ class ChunkedDivergence(torch.autograd.Function):
                 grad_head += g.T @ h_s.to(g.dtype)
             per_token.append(d.detach())
         per_token = torch.cat(per_token)
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, grad_head, scale)
         ctx.mark_non_differentiable(per_token)
         return (weights * per_token).sum(), per_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
-        grad_hidden, grad_head = (None if g is None else g.mul_(upstream) for g in ctx.saved_tensors)
+        *gradients, scale = ctx.saved_tensors
+        grad_hidden, grad_head = (None if g is None else g.mul_(upstream * scale) for g in gradients)   # in place: once only
         return grad_hidden, grad_head, None, None, None, None, None
 
 
@@ -217,14 +225,6 @@ def chunked_divergence(
 
 
 # ============================================================================================ 4. the teachers
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The longest beginning that all prompts share, leaving each at least one token of its own."""
-    first, last = min(prompts), max(prompts)                           # lexicographic extremes differ the earliest
-    limit = min(len(p) for p in prompts) - 1
-    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), limit)
-    return list(first[: min(same, limit)])
-
-
 class Teacher:
     """The model that scores: p(· | x, C), never given a gradient.
 
@@ -232,7 +232,7 @@ class Teacher:
     ema      a copy that follows: θ_T <- (1−rate) θ_T + rate θ after every step (SDFT: rate .01–.05)
     live     the student itself, stop-gradient (tends to diverge: teacher and student chase each other)
 
-    `shared` is the beginning of all teacher prompts, found with `common_prefix`: the context, for types B and C. A frozen
+    `shared` are the first tokens of all teacher prompts: the context, where it is one for all (types B and C). A frozen
     teacher reads it once for the whole run, so the cost of a step does not grow with |C|; the others once per step.
     """
 
@@ -314,59 +314,73 @@ def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tens
     return scored / per_row.clamp(min=1) / (per_row > 0).sum().clamp(min=1)
 
 
+def token_loss(objective: str | Callable, student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor) -> Tensor:
+    """(n, V), (n, V), (n,) -> (n,), nats. What is minimised on each completion token:
+
+    a divergence        by name or as a function of (student_logits, teacher_logits)
+    "policy_gradient"   reverse KL from the sampled tokens alone; they must be the student's own, drawn at temperature 1
+    "cross_entropy"     −log Q(token), no teacher: on an expert's completions this is SFT
+    """
+    if callable(objective):
+        return objective(student_logits, teacher_logits)
+    if objective in DIVERGENCES:
+        return DIVERGENCES[objective](student_logits, teacher_logits)
+    if objective == "cross_entropy":
+        return F.cross_entropy(student_logits.float(), tokens, reduction="none")
+    if objective == "policy_gradient":
+        log_q, log_p = (x.gather(-1, tokens[:, None])[:, 0] for x in log_softmax_pair(student_logits, teacher_logits))
+        return policy_gradient_surrogate(log_q, log_p)
+    raise ValueError(f"objective {objective!r} is not supported; "
+                     f"choose from {', '.join(DIVERGENCES)}, policy_gradient, cross_entropy")
+
+
 def cosd_step(
     student: GPT, teacher: Teacher | None, batch: Batch, objective: str | Callable[[Tensor, Tensor], Tensor] = "reverse_kl", *,
     eos: Collection[int], max_new_tokens: int, temperature: float = 1.0, generator: torch.Generator | None = None,
     reduction: str = "token", skip: int = 0, weight: float = 1.0, micro_batch: int | None = None, chunk: int | None = None,
     autocast: Callable = nullcontext, backward: Callable[[Tensor], None] = Tensor.backward,
 ) -> dict[str, float]:
-    """One step without the optimizer: rollout -> score -> divergence -> mean -> backward. Returns what to log.
+    """One step without the optimizer: rollout -> score -> divergence -> weighted sum -> backward. Returns what to log.
 
-    `objective`: a divergence of (student_logits, teacher_logits), by name or as a function; "policy_gradient" (reverse
-    KL from the sampled tokens); or "cross_entropy", which needs no teacher: on an expert's completions that is SFT.
-    A batch that brings its completions makes the step off-policy: the expert's (SFT, GKD's 1−λ) or the teacher's
-    own (context distillation). `chunk` bounds the rows of logits held at once; divergences only.
+    `objective` as in `token_loss`. A batch that brings its completions makes the step off-policy: the expert's (SFT, GKD's
+    1−λ) or the teacher's own (context distillation). `chunk` bounds the rows of logits held at once (divergences only).
     """
     # 1. Rollout: the student answers x, without C, at temperature T.
     if batch.completion is None:
         with autocast():
             batch.completion, batch.mask = student.generate(
-                batch.prompts, max_new_tokens, temperature=temperature, eos=eos, generator=generator)       # (B, N)
-    weights = weight * token_weights(batch.mask, reduction, skip)                                            # (B, N)
-    divergence = DIVERGENCES.get(objective, objective)
-    log = {"loss": 0.0, "divergence": 0.0, "kl": 0.0, "entropy": 0.0}
+                batch.prompts, max_new_tokens, temperature=temperature, eos=eos, generator=generator)          # (B, N)
+    weights = weight * token_weights(batch.mask, reduction, skip)                                               # (B, N)
+    logs = []
     for rows, part in batch.split(micro_batch):
-        w, tokens = weights[rows][part.mask], part.completion[part.mask]                                     # (n,), (n,)
+        w, tokens = weights[rows][part.mask], part.completion[part.mask]                                        # (n,), (n,)
         with autocast():
-            # 2. Score: the same completion tokens under (x) with gradient and under (C, x) without.
-            h_s = completion_states(student, part.prompts, part.completion, part.mask)                       # (n, D)
-            h_t = teacher.states(part.teacher_prompts, part.completion, part.mask) if teacher else None      # (n, D)
-            # 3. A divergence per token.
-            if callable(divergence) and chunk:
+            # 2. Score: the same completion tokens under (x) with gradient, and under (C, x) without.
+            h_s = completion_states(student, part.prompts, part.completion, part.mask)                          # (n, D)
+            h_t = teacher.states(part.teacher_prompts, part.completion, part.mask) if teacher else None         # (n, D)
+            # 3. A divergence per token, summed under weights that add up to one over the whole batch.
+            if chunk and objective not in ("cross_entropy", "policy_gradient"):
+                divergence = DIVERGENCES.get(objective, objective)
                 loss, d = chunked_divergence(h_s, student.head.weight, h_t, teacher.model.head.weight, divergence, w, chunk)
             else:
-                student_logits = student.head(h_s)                                                           # (n, V)
-                teacher_logits = teacher.model.head(h_t).detach() if teacher else None
-                if callable(divergence):
-                    d = divergence(student_logits, teacher_logits)                                           # (n,)
-                elif objective == "policy_gradient":
-                    log_qp = log_softmax_pair(student_logits, teacher_logits)
-                    d = policy_gradient_surrogate(*(x.gather(-1, tokens[:, None])[:, 0] for x in log_qp))
-                elif objective == "cross_entropy":
-                    d = F.cross_entropy(student_logits.float(), tokens, reduction="none")
-                else:
-                    raise ValueError(f"objective {objective!r} is not supported; "
-                                     f"choose from {', '.join(DIVERGENCES)}, policy_gradient, cross_entropy")
-                loss = (w * d).sum()                                                                         # 4. weighted mean
+                teacher_logits = teacher.model.head(h_t).detach() if teacher else None                          # (n, V)
+                d = token_loss(objective, student.head(h_s), teacher_logits, tokens)                            # (n,)
+                loss = (w * d).sum()
+        # 4. The gradient reaches the student alone.
         backward(loss)
-        log["loss"] += loss.item()
-        log["divergence"] += (w * d).sum().item() / weight
-        with torch.no_grad():                                          # diagnostics, on a bounded number of positions
-            some = slice(0, 256)
-            log_q = student.head(h_s[some]).float().log_softmax(-1)    # (<=256, V)
-            share = len(part.prompts) / len(batch.prompts)
-            log["entropy"] += share * -(log_q.exp() * log_q).sum(-1).mean().item()
-            if teacher:
-                log["kl"] += share * reverse_kl(log_q, teacher.model.head(h_t[some])).mean().item()
+        logs.append({"loss": loss.item(), "objective": (w * d).sum().item() / weight}
+                    | diagnostics(student, teacher, h_s, h_t, len(w) / batch.mask.sum().item(), chunk or 256))
     ends = torch.isin(batch.completion, torch.tensor(sorted(eos), device=batch.mask.device)) & batch.mask
-    return log | {"length": batch.mask.sum(1).float().mean().item(), "eos_rate": ends.any(1).float().mean().item()}
+    sums = {key: sum(log[key] for log in logs) for key in logs[0]}
+    return sums | {"length": batch.mask.sum(1).float().mean().item(), "eos_rate": ends.any(1).float().mean().item()}
+
+
+@torch.no_grad()
+def diagnostics(
+    student: GPT, teacher: Teacher | None, h_s: Tensor, h_t: Tensor | None, share: float, rows: int
+) -> dict[str, float]:
+    """The student's entropy and the exact reverse KL to the teacher, nats per token, from the first `rows` positions,
+    times `share`, the part of the batch's tokens that these stand for: summed over micro-batches they are the means."""
+    log_q = student.head(h_s[:rows]).float().log_softmax(-1)           # (<= rows, V)
+    log = {"entropy": share * -(log_q.exp() * log_q).sum(-1).mean().item()}
+    return log | ({"kl": share * reverse_kl(log_q, teacher.model.head(h_t[:rows])).mean().item()} if teacher else {})

@@ -32,9 +32,15 @@ from torch import Tensor, nn
 
 
 # ------------------------------------------------------------------------------------------------ config
+ROPE_SCALINGS = {                                                      # type: what it needs to know
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """The defaults are the small modern variant that the built-in world uses (0.6 M parameters)."""
+    """The defaults are the small modern variant that the built-in world uses (0.7 M parameters)."""
 
     vocab_size: int
     n_layer: int = 3
@@ -72,9 +78,12 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: rotary positions need an even head_dim, not {self.head_dim}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"GPTConfig.dropout={self.dropout} must be in [0, 1)")
-        if self.rope_scaling and self.rope_scaling.get("rope_type") not in ("linear", "llama3"):
-            raise ValueError(f"GPTConfig.rope_scaling type {self.rope_scaling.get('rope_type')!r} is not supported; "
-                             "choose from linear, llama3")
+        if self.rope_scaling:
+            kind = self.rope_scaling.get("rope_type")
+            if kind not in ROPE_SCALINGS:
+                raise ValueError(f"GPTConfig.rope_scaling type {kind!r} is not supported; choose from {', '.join(ROPE_SCALINGS)}")
+            if missing := ROPE_SCALINGS[kind] - self.rope_scaling.keys():
+                raise ValueError(f"GPTConfig.rope_scaling of type {kind} lacks {', '.join(sorted(missing))}")
 
     def n_params(self) -> int:
         """The parameter count as a formula; a test holds it against the module."""
@@ -231,7 +240,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        self.frequencies = rotary_frequencies(config)                  # no buffer: `model.bfloat16()` must not round the angles
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:                                    # GPT-2's init: 0.02 at width 768, residuals less
                 std = 0.55 / math.sqrt(config.d_model)
@@ -275,6 +284,7 @@ class GPT(nn.Module):
         if self.embed_position:
             x = x + self.embed_position(positions)
         else:
+            self.frequencies = self.frequencies.to(device)
             angles = (positions[..., None] * self.frequencies)[:, None]   # (B or 1, 1, T, E/2), fp32
             rope = angles.cos(), angles.sin()
         x = self.dropout(x)

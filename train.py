@@ -2,7 +2,7 @@
 
     python train.py                                            the whole story: 4 kinds of context x (COSD, SFT)
     python train.py --context instructions --divergence jsd    one kind
-    python train.py --resume                                   go on after Ctrl-C, kill, or a power cut
+    python train.py --resume                                   go on after Ctrl-C or kill
 
 A method is two choices: who writes the completion, and what is minimised on its tokens.
 
@@ -13,8 +13,8 @@ A method is two choices: who writes the completion, and what is minimised on its
               λ, else the expert
     cosd      the student, without C     the divergence
 
-Everything random in step s is seeded by (seed, s), so weights, optimizer and step number are the whole state of a run:
-a resumed run equals an uninterrupted one. Left out: several devices, gradient checkpointing, hyper-parameter search.
+Everything random in step s is seeded by (seed, s), so a checkpoint needs no random state, only weights, optimizer (and its
+scaler), EMA teacher and step number: a resumed run equals an uninterrupted one. Left out: several devices, hyper-parameter search.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import signal
 import statistics
@@ -45,10 +44,18 @@ from tqdm import tqdm
 
 import contexts
 from contexts import END, TASKS, Example, decode, encode, render
-from cosd import DIVERGENCES, Batch, Teacher, common_prefix, completion_states, cosd_step, forward_kl, jsd, top_k_divergence
+from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, forward_kl, jsd, top_k_divergence
 from model import GPT, GPTConfig, pad_right
 
 METHODS = ("cosd", "sft", "offline", "gkd")
+
+
+class BadInput(ValueError):
+    """Something the user can mend: one line, exit code 2."""
+
+
+class Diverged(Exception):
+    """The loss is no longer a number: one line, exit code 1."""
 
 
 # ================================================================================================ 1. config
@@ -64,7 +71,7 @@ class Config:
     ema_rate: float = 0.02
     gkd_lambda: float = 0.5                # share of on-policy steps under gkd
     anchors: float | None = None           # share of the batch under other contexts; default 0.5, for sft 0
-    steps: int = 200
+    steps: int = 250
     batch: int = 64
     micro_batch: int = 0                   # 0: the whole batch at once; the result does not depend on it
     lr: float | None = None                # default 5e-4, for sft 1e-4
@@ -91,34 +98,44 @@ class Config:
     out: str = "out"
     bases: str | None = None               # where pretrained bases are kept; default: --out
     resume: bool = False
-    preset: Literal["default", "smoke"] = "default"
 
     def __post_init__(self):
         hints = get_type_hints(Config)
         lowest = dict.fromkeys(("top_k", "micro_batch", "skip", "chunk", "warmup", "seed"), 0)
         for name, value in asdict(self).items():
             if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
-                raise ValueError(f"--{name} {value!r} is not a choice; choose from {', '.join(get_args(hints[name]))}")
+                raise BadInput(f"--{name} {value!r} is not a choice; choose from {', '.join(get_args(hints[name]))}")
             if hints[name] is int and value < lowest.get(name, 1):
-                raise ValueError(f"--{name} {value} must be at least {lowest.get(name, 1)}")
-        for name, high in dict(gkd_lambda=1, ema_rate=1, temperature=100, lr=10, pretrain_lr=10).items():
+                raise BadInput(f"--{name} {value} must be at least {lowest.get(name, 1)}")
+        for name, high in dict(gkd_lambda=1, ema_rate=1, temperature=100, lr=10, pretrain_lr=10, anchors=1).items():
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)} must be between 0 and {high}")
-        if self.anchors is not None and not 0 <= round(self.anchors * self.batch) < self.batch:
-            raise ValueError(f"--anchors {self.anchors} must be a share from 0 to below 1, so that the task keeps some prompts")
+                raise BadInput(f"--{name} {getattr(self, name)} must be between 0 and {high}")
+        if self.anchors is not None and round(self.anchors * self.batch) == self.batch:
+            raise BadInput(f"--anchors {self.anchors} leaves the task no prompt in a batch of {self.batch}")
         if not 0 < self.beta < 1:
-            raise ValueError(f"--beta {self.beta} must lie strictly between 0 and 1; "
-                             "for the ends use --divergence forward_kl or reverse_kl")
+            raise BadInput(f"--beta {self.beta} must lie strictly between 0 and 1; "
+                           "for the ends use --divergence forward_kl or reverse_kl")
+        if 0 < self.temperature < 0.01:
+            raise BadInput(f"--temperature {self.temperature} is too close to 0 to sample; 0 is greedy")
+        if self.max_new_tokens > 256 or self.skip >= self.max_new_tokens:
+            raise BadInput(f"--max_new_tokens {self.max_new_tokens} must be at most 256, and --skip {self.skip} below it")
         if self.d_model % self.n_head or self.d_model // self.n_head % 2:
-            raise ValueError(f"--d_model {self.d_model} / --n_head {self.n_head} must be an even whole number, the head width")
+            raise BadInput(f"--d_model {self.d_model} / --n_head {self.n_head} must be an even whole number, the head width")
         if self.divergence == "policy_gradient" and (self.top_k or self.chunk):
-            raise ValueError("--divergence policy_gradient looks at sampled tokens only: --top_k and --chunk do not apply")
+            raise BadInput("--divergence policy_gradient looks at sampled tokens only: --top_k and --chunk do not apply")
+        if self.divergence == "policy_gradient" and (self.method in ("offline", "gkd") or self.temperature != 1):
+            raise BadInput("--divergence policy_gradient needs the student's own samples: --method cosd and --temperature 1")
 
     def for_method(self, method: str) -> Config:
         """Fill in the defaults that differ between methods."""
         lr, anchors = (1e-4, 0.0) if method == "sft" else (5e-4, 0.5)
         return replace(self, method=method, lr=lr if self.lr is None else self.lr,
                        anchors=anchors if self.anchors is None else self.anchors)
+
+
+    @property
+    def n_anchors(self) -> int:
+        return round(self.anchors * self.batch)
 
 
 PRESETS = {
@@ -140,26 +157,28 @@ def parse(argv: list[str] | None) -> Config:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **about)
         else:
             parser.add_argument(*flags, type=next((k for k in get_args(kind) if k is not type(None)), kind), **about)
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="smoke: everything in seconds, learning nothing")
     given = vars(parser.parse_args(argv))
-    return Config(**PRESETS[given.get("preset", "default")] | given)
+    return Config(**PRESETS[given.pop("preset")] | given)
 
 
-def resolve_device(cfg: Config) -> tuple[torch.device, Callable, torch.amp.GradScaler]:
-    """-> (device, autocast context, gradient scaler). Weights stay fp32: mixed precision is autocast's, per operation."""
+def resolve_device(cfg: Config) -> tuple[torch.device, torch.dtype, Callable]:
+    """-> (device, dtype, autocast context). Weights stay fp32: mixed precision is autocast's, per operation."""
     name = cfg.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose from auto, cpu, cuda, mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {cfg.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    dtype = cfg.dtype
-    if dtype == "auto" and device.type == "cuda":                      # bf16 needs no scaler; a T4 has only fp16
-        dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
-    autocast = partial(torch.autocast, device.type, dtype=low, enabled=low is not None)
-    return device, autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+        raise BadInput(f"--device {cfg.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    choice = cfg.dtype
+    if choice == "auto" and device.type == "cuda":                     # bf16 needs no scaler; a T4 has only fp16
+        choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice, torch.float32)
+    return device, dtype, partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def seeded(*what) -> random.Random:
@@ -171,43 +190,45 @@ def torch_generator(device: torch.device, *what) -> torch.Generator:
 
 
 # ======================================================================================== 2. the optimizer loop
-class Diverged(Exception):
-    pass
+def write(path: Path, data: bytes) -> None:
+    """Atomic: a kill at any moment leaves either the old file or the new one."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(data)
+    os.replace(unfinished, path)
 
 
 def save(path: Path, state: dict) -> None:
-    """Atomic: a kill at any moment leaves either the old file or the new one."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    partial_file = path.with_suffix(".tmp")
-    partial_file.write_bytes(buffer.getvalue())
-    os.replace(partial_file, path)
+    write(path, buffer.getvalue())
 
 
 def load(path: Path, identity: dict) -> dict:
     """A checkpoint of exactly this configuration, or one clear line. Never unpickles code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = state["identity"]
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of this program, or is damaged ({type(error).__name__}): "
-                         "delete it, or choose another --out") from None
+        theirs = dict(state["identity"])
+    except Exception as error:                                         # torch.load has no one error for a damaged file
+        raise BadInput(f"{path} is not a checkpoint of this program, or is damaged ({type(error).__name__}): "
+                       "delete it, or choose another --out") from None
     differs = [k for k in identity | theirs if theirs.get(k) != identity.get(k)]
     if differs:
         told = ", ".join(f"{k} ({theirs.get(k)!r} there, {identity.get(k)!r} here)" for k in differs)
-        raise ValueError(f"{path} comes from another configuration: {told}; run without --resume, or choose another --out")
+        raise BadInput(f"{path} comes from another configuration: {told}; run without --resume, or choose another --out")
     return state
 
 
 def optimize(
     cfg: Config, student: GPT, step_fn: Callable[[int, Callable], dict], *, label: str, folder: Path, identity: dict,
-    steps: int, lr: float, warmup: int, weight_decay: float, scaler: torch.amp.GradScaler,
+    steps: int, lr: float, warmup: int, weight_decay: float, dtype: torch.dtype,
     teacher: Teacher | None = None, on_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """AdamW over `steps` calls of step_fn(step, backward), which leaves gradients behind and returns what to log.
 
     Learning rate: linear warm-up, constant, linear decay to zero over the second half. Gradients are clipped at norm 1.
+    fp16 needs a scaler, which skips a step whose gradient overflows and halves its scale; bf16 and fp32 do not.
     """
+    scaler = torch.amp.GradScaler(student.device.type, enabled=dtype == torch.float16)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     checkpoint, metrics, start = folder / "checkpoint.pt", folder / "metrics.jsonl", 0
     ema = teacher.model if teacher and teacher.kind == "ema" else None
@@ -225,11 +246,17 @@ def optimize(
         checkpoint.unlink(missing_ok=True)
         metrics.write_text("")
 
-    # Ctrl-C and kill are noted, and acted upon between two steps, when weights and optimizer agree.
+    # Ctrl-C and kill are noted, and acted upon between two steps, when weights and optimizer agree. A second one is not waited for.
     stop: list[int] = []
+
+    def note(number: int, _) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=steps, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.5)
     try:
         with metrics.open("a") as metrics_file, bar:
@@ -243,8 +270,8 @@ def optimize(
                 log = step_fn(step, lambda loss: scaler.scale(loss).backward())
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
-                # With a scaler an overflowing gradient is normal: it skips the step and lowers its scale.
-                if not math.isfinite(log["loss"]) or not (math.isfinite(norm) or scaler.is_enabled()):
+                overflow_is_normal = scaler.is_enabled() and scaler.get_scale() >= 1
+                if not math.isfinite(log["loss"]) or not (math.isfinite(norm) or overflow_is_normal):
                     kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint yet"
                     raise Diverged(f"{label}: loss {log['loss']}, gradient norm {norm} at step {step}: not a finite number. "
                                    f"Try a lower --lr or --dtype fp32; {kept}")
@@ -291,8 +318,8 @@ def pretraining_batches(seed: int, group: int, size: int) -> list[list[Example]]
     return cut
 
 
-def get_base(cfg: Config, device: torch.device, autocast: Callable, scaler: torch.amp.GradScaler) -> GPT:
-    """The base for this configuration and seed: loaded if out/ has it, otherwise pretrained.
+def get_base(cfg: Config, device: torch.device, dtype: torch.dtype, autocast: Callable) -> tuple[GPT, str]:
+    """The base for this configuration and seed, loaded if out/ has it, otherwise pretrained; and its fingerprint.
 
     The folder's name is a fingerprint of the settings and of a sample of the data itself: a changed world means a new base.
     """
@@ -311,7 +338,7 @@ def get_base(cfg: Config, device: torch.device, autocast: Callable, scaler: torc
         state = load(folder / "checkpoint.pt", identity)
         if state["step"] == cfg.pretrain_steps:
             base.load_state_dict(state["model"])
-            return base
+            return base, fingerprint
 
     def step_fn(step: int, backward: Callable) -> dict:
         examples = pretraining_batches(cfg.seed, step // 8, cfg.pretrain_batch)[step % 8]
@@ -320,8 +347,8 @@ def get_base(cfg: Config, device: torch.device, autocast: Callable, scaler: torc
         return cosd_step(base, None, batch, "cross_entropy", eos={END}, max_new_tokens=1, autocast=autocast, backward=backward)
 
     optimize(cfg, base, step_fn, label=f"base, seed {cfg.seed}", folder=folder, identity=identity, steps=cfg.pretrain_steps,
-             lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1, scaler=scaler)
-    return base
+             lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1, dtype=dtype)
+    return base, fingerprint
 
 
 # ================================================================================================ 4. evaluation
@@ -353,7 +380,7 @@ def drift(base: GPT, tuned: GPT, examples: list[Example], cfg: Config) -> float:
 def make_batch(cfg: Config, context: str, step: int, teacher: Teacher) -> Batch:
     """The task's prompts of this step, and their completions unless the student is to write them."""
     rng, device = seeded(cfg.seed, context, "task", step), teacher.model.device
-    examples = [TASKS[context](rng) for _ in range(cfg.batch - round(cfg.anchors * cfg.batch))]
+    examples = [TASKS[context](rng) for _ in range(cfg.batch - cfg.n_anchors)]
     batch = Batch([render(None, e.prompt) for e in examples], [render(e.context, e.prompt) for e in examples])
     if cfg.method == "sft" or (cfg.method == "gkd" and rng.random() >= cfg.gkd_lambda):
         batch.completion, batch.mask = completions([e.expert for e in examples], device)
@@ -367,7 +394,7 @@ def make_batch(cfg: Config, context: str, step: int, teacher: Teacher) -> Batch:
 def make_anchors(cfg: Config, context: str, step: int) -> Batch:
     """Prompts under other contexts or none, the same for student and teacher: replay from the model's own distribution."""
     rng = seeded(cfg.seed, context, "anchors", step)
-    examples = [contexts.draw_anchor(rng, context) for _ in range(round(cfg.anchors * cfg.batch))]
+    examples = [contexts.draw_anchor(rng, context) for _ in range(cfg.n_anchors)]
     prompts = [render(e.context, e.prompt) for e in examples]
     return Batch(prompts, prompts)
 
@@ -382,46 +409,46 @@ def make_objective(cfg: Config) -> str | Callable:
 
 
 def sample_text(student: GPT, teacher: Teacher, examples: list[Example], cfg: Config, step: int) -> str:
-    """A few rollouts with the student's and the teacher's probability of every token."""
-    prompts, teacher_prompts = ([render(c, e.prompt) for e, c in zip(examples, cs)] for cs in
-                                ([None] * len(examples), [e.context for e in examples]))
+    """A few rollouts, with the student's and the teacher's probability of every token."""
+    prompts, teacher_prompts = [render(None, e.prompt) for e in examples], [render(e.context, e.prompt) for e in examples]
     generator = torch_generator(student.device, cfg.seed, "samples", step)
     ids, mask = student.generate(prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END}, generator=generator)
-    tokens = ids[mask]                                                                                 # (n,)
     with torch.no_grad():
-        q = student.head(completion_states(student, prompts, ids, mask)).softmax(-1)                   # (n, V)
-        p = teacher.model.head(teacher.states(teacher_prompts, ids, mask)).softmax(-1)
-    views = iter([f"{decode([t])!r} {a:.2f}→{b:.2f}" for t, a, b in zip(
-        tokens.tolist(), *(x.gather(1, tokens[:, None])[:, 0].tolist() for x in (q, p)))])
-    lines = [f"--- step {step}: token, its probability under student→teacher"]
-    for example, n in zip(examples, mask.sum(1).tolist()):
-        lines += [f"C: {example.context}", f"x: {example.prompt}", "   " + "  ".join(next(views) for _ in range(n))]
-    return "\n".join(lines) + "\n"
+        q = student.head(completion_states(student, prompts, ids, mask)).float().softmax(-1)           # (n, V)
+        p = teacher.model.head(teacher.states(teacher_prompts, ids, mask)).float().softmax(-1)
+    text, start = f"--- step {step}: a rollout, then its tokens with their probability under student→teacher\n", 0
+    for example, row, m in zip(examples, ids, mask):
+        tokens = row[m].tolist()
+        views = [f"{decode([t])!r} {q[i, t]:.2f}→{p[i, t]:.2f}" for i, t in enumerate(tokens, start)]
+        text += f"C: {example.context}\nx: {example.prompt}\ny: {decode(tokens)}\n   {'  '.join(views)}\n"
+        start += len(tokens)
+    return text
 
 
-NOT_IDENTITY = ("out", "bases", "resume", "seeds", "device", "save_every", "preset")   # these do not change a run's result
+NOT_IDENTITY = ("out", "bases", "resume", "seeds", "device", "save_every")             # these do not change a run's result
 
 
-def run(cfg: Config, context: str, method: str, base: GPT, autocast: Callable, scaler: torch.amp.GradScaler) -> dict:
+def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dtype: torch.dtype, autocast: Callable) -> dict:
     """Compile one context into the weights by one method, with evaluation before and after. Writes out/<run>/."""
     cfg, device, label = replace(cfg.for_method(method), context=context), base.device, f"{context} / {method}, seed {cfg.seed}"
     folder = Path(cfg.out) / f"{context}-{method}-seed{cfg.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     result_file, samples = folder / "result.json", folder / "samples.txt"
-    identity = {k: v for k, v in asdict(cfg).items() if k not in NOT_IDENTITY}
-    if cfg.resume and result_file.exists() and (result := json.loads(result_file.read_text()))["config"] == identity:
-        print(f"{label}: complete, taken from {result_file}")
-        return result
+    identity = {k: v for k, v in asdict(cfg).items() if k not in NOT_IDENTITY} | {"base": fingerprint}
+    if cfg.resume and result_file.exists():
+        result = json.loads(result_file.read_text())                   # written whole or not at all
+        if result["config"] == identity:
+            print(f"{label}: complete, taken from {result_file}")
+            return result
     result_file.unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps(identity, indent=1))
+    write(folder / "config.json", json.dumps(identity, indent=1).encode())
 
     student = copy.deepcopy(base)
     rng = seeded(cfg.seed, context, "heldout")
     heldout = [TASKS[context](rng, heldout=True) for _ in range(cfg.eval_size)]
     probes = contexts.probes(seeded(cfg.seed, context, "probes"), context, cfg.eval_size)
-    one_context = len({e.context for e in heldout}) == 1               # types B and C: read it once
-    shared = common_prefix([render(e.context, e.prompt) for e in heldout]) if one_context else ()
-    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, shared)
+    one_context = context in ("specification", "instructions")         # the same C for all prompts: it is read once
+    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, shared=render(heldout[0].context, "")[:-1] if one_context else ())
     anchor_teacher = teacher if cfg.teacher == "frozen" else Teacher(base, "frozen")
 
     # Pre-flight: the teacher is the ceiling. If it does not beat the student there is nothing to distil.
@@ -435,27 +462,33 @@ def run(cfg: Config, context: str, method: str, base: GPT, autocast: Callable, s
                   micro_batch=cfg.micro_batch or None, chunk=cfg.chunk or None, autocast=autocast)
 
     def step_fn(step: int, backward: Callable) -> dict:
-        common.update(backward=backward, generator=torch_generator(device, cfg.seed, context, "rollout", step))
-        batch = make_batch(cfg, context, step, teacher)
-        log = cosd_step(student, teacher, batch, objective, skip=cfg.skip, weight=1 - cfg.anchors, **common)
-        if cfg.anchors:
+        step_only = dict(generator=torch_generator(device, cfg.seed, context, "rollout", step), backward=backward)
+        scorer = teacher if method != "sft" or step % 10 == 0 else None            # SFT needs no teacher, but for its log
+        share = cfg.n_anchors / cfg.batch
+        log = cosd_step(student, scorer, make_batch(cfg, context, step, teacher), objective, skip=cfg.skip, weight=1 - share,
+                        **common, **step_only)
+        if share:
             on_anchors = "forward_kl" if method == "sft" else objective
-            anchors = make_anchors(cfg, context, step)
-            anchored = cosd_step(student, anchor_teacher, anchors, on_anchors, weight=cfg.anchors, **common)
+            anchored = cosd_step(student, anchor_teacher, make_anchors(cfg, context, step), on_anchors, weight=share,
+                                 **common, **step_only)
             log |= {"loss": log["loss"] + anchored["loss"], "anchor_kl": anchored["kl"]}
         return log
 
     def write_samples(step: int) -> None:
-        with samples.open("a") as file:
-            file.write(sample_text(student, teacher, heldout[:3], cfg, step))
+        done = samples.read_text() if samples.exists() and step else ""
+        if f"--- step {step}:" not in done:                            # a resumed run may pass a step again
+            with autocast():
+                samples.write_text(done + sample_text(student, teacher, heldout[:3], cfg, step))
+
+    def on_step(step: int) -> None:
+        if (step + 1) % max(1, cfg.steps // 3) == 0:
+            write_samples(step + 1)
 
     if not (cfg.resume and (folder / "checkpoint.pt").exists()):
-        samples.write_text("")
         write_samples(0)
     began = time.perf_counter()
     optimize(cfg, student, step_fn, label=label, folder=folder, identity=identity, steps=cfg.steps, lr=cfg.lr,
-             warmup=cfg.warmup, weight_decay=0.0, scaler=scaler, teacher=teacher,
-             on_step=lambda step: write_samples(step + 1) if (step + 1) % max(1, cfg.steps // 3) == 0 else None)
+             warmup=cfg.warmup, weight_decay=0.0, dtype=dtype, teacher=teacher, on_step=on_step)
     seconds = time.perf_counter() - began
 
     prior = {name: [evaluate(model, suite, True, cfg)["exact"] for model in (base, student)] for name, suite in probes.items()}
@@ -465,15 +498,14 @@ def run(cfg: Config, context: str, method: str, base: GPT, autocast: Callable, s
     result = {
         "config": identity, "context": context, "method": method, "seed": cfg.seed,
         "teacher": ceiling, "before": before, "after": evaluate(student, heldout, False, cfg), "prior": prior,
-        "prior_change": statistics.fmean(change.values()),
-        "steerability_change": statistics.fmean(value for name, value in change.items() if name != "verbs"),
+        "prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values()),
         "drift": drift(base, student, [e for suite in probes.values() for e in suite], cfg),
         "prompt_tokens_saved": statistics.fmean(len(render(e.context, "")) - len(render(None, "")) for e in heldout),
         "seconds": round(seconds, 1),
         "samples": [{"context": e.context, "prompt": e.prompt, "reference": e.answer, "before": was, "after": now}
                     for e, was, now in zip(shown, *said)],
     }
-    result_file.write_text(json.dumps(result, indent=1))
+    write(result_file, json.dumps(result, indent=1).encode())
     return result
 
 
@@ -492,9 +524,9 @@ COLUMNS: dict[str, tuple[Callable[[dict], float], int]] = {            # title: 
 }
 LEGEND = """\
 Shares of held-out prompts answered rightly, greedy. teacher: the base with C in its prompt; before, after: without C.
-before and after count content, exact also the manner. prior: mean change of exact match over the known verbs and four
-kinds of other contexts; steerability: the same over those contexts alone. drift: KL(base‖tuned) on these prompts, nats
-per token. over-refusal: allowed items refused. tokens saved: |C| per prompt. ±: standard deviation over seeds."""
+before and after count content, exact also the manner. prior: change of exact match on the known verbs; steerability: its
+mean change over four kinds of other contexts. drift: KL(base‖tuned) on all these prompts, nats per token. over-refusal:
+allowed items refused. tokens saved: |C| per prompt. seconds: training alone. ±: standard deviation over seeds."""
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -530,7 +562,7 @@ def report(results: list[dict], out: Path) -> str:
 
 
 def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
-    """Left: what was learned. Right: what was forgotten. Error bars: standard deviation over seeds."""
+    """What was learned; what was forgotten, at home and under other contexts. Error bars: standard deviation over seeds."""
     try:
         import matplotlib
     except ImportError:
@@ -542,28 +574,29 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
     names, methods = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
     letters = dict(zip(TASKS, "ABCD"))
     colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]))          # Okabe-Ito: colour-blind safe
-    tuned = lambda value: [(m.upper(), colors[m], m, value) for m in methods]
-    panels = [                                                                         # bars: label, colour, method, value
-        ("Learned: held-out score, no context in the prompt", "share right",
-         [("before", "#BBBBBB", methods[0], COLUMNS["before"][0]), *tuned(COLUMNS["after"][0]),
-          ("teacher, with context", "#555555", methods[0], COLUMNS["teacher"][0])]),
-        ("Forgotten: prior skills and steerability", "change of exact match", tuned(COLUMNS["prior"][0])),
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for axis, (title, unit, bars) in zip(axes, panels):
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=[3, 2, 2], constrained_layout=True)
+    panels = {"after": "Learned: held-out score, no context given", "prior": "Forgotten: known verbs",
+              "steerability": "Forgotten: other contexts"}
+    for axis, (column, title) in zip(axes, panels.items()):
+        bars = [(method.upper(), colors[method], method, column) for method in methods]
+        if column == "after":
+            bars = [("before", "#BBBBBB", methods[0], "before"), *bars, ("teacher, with C", "#555555", methods[0], "teacher")]
         width = 0.8 / len(bars)
-        for i, (label, color, method, value) in enumerate(bars):
-            values = [[value(r) for r in groups[name, method]] for name in names]
+        for i, (label, color, method, quantity) in enumerate(bars):
+            values = [[COLUMNS[quantity][0](r) for r in groups[name, method]] for name in names]
             error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
             at = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(names))]
             axis.bar(at, list(map(statistics.fmean, values)), width, label=label, color=color,
                      yerr=error if any(error) else None, capsize=2)
-        axis.set_xticks(range(len(names)), [f"{letters[name]}: {name}" for name in names], fontsize=8)
+        axis.set_xticks(range(len(names)), [f"{letters[name]}\n{name}" for name in names], fontsize=7)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(title=title, ylabel=unit)
+        axis.set(title=title, ylabel="share right" if column == "after" else "change of exact match")
     axes[0].set_ylim(0, 1.3)
     axes[0].legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
+    lowest = min(axes[1].get_ylim()[0], axes[2].get_ylim()[0], -0.1)
+    for axis in axes[1:]:
+        axis.set_ylim(lowest, 0.05)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -573,17 +606,14 @@ def train(cfg: Config) -> dict:
     """Everything that `python train.py` does, for notebooks and tests -> {"results": [...], "report": Markdown}."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    device, autocast, scaler = resolve_device(cfg)
-    fresh_scaler = scaler.state_dict()
+    device, dtype, autocast = resolve_device(cfg)
     results = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         seed_cfg = replace(cfg, seed=seed)
-        base = get_base(seed_cfg, device, autocast, scaler)
-        for context in list(TASKS) if cfg.context == "all" else [cfg.context]:
+        base, fingerprint = get_base(seed_cfg, device, dtype, autocast)
+        for context in TASKS if cfg.context == "all" else [cfg.context]:
             for method in ("cosd", "sft") if cfg.method == "all" else [cfg.method]:
-                if scaler.is_enabled():
-                    scaler.load_state_dict(fresh_scaler)
-                results.append(run(seed_cfg, context, method, base, autocast, scaler))
+                results.append(run(seed_cfg, context, method, base, fingerprint, dtype, autocast))
     text = report(results, out)
     print(f"\n{text}\nWritten to {out}/: results.md, results.json, figure.png; "
           "and for each run config.json, metrics.jsonl, samples.txt, result.json, checkpoint.pt")
@@ -593,16 +623,22 @@ def train(cfg: Config) -> dict:
 def main(argv: list[str] | None = None) -> int:
     try:
         train(parse(argv))
+        return 0
     except KeyboardInterrupt as stopped:
-        print(f"\n{stopped or 'stopped'}", file=sys.stderr)
+        print(f"\n{str(stopped) or 'stopped; go on with the same command and --resume'}", file=sys.stderr)
         return 130
     except Diverged as error:
         print(f"\ntrain.py: {error}", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
+    except (BadInput, OSError) as error:
         print(f"\ntrain.py: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        print("\ntrain.py: error: out of memory: lower --micro-batch or --chunk (the result stays the same), --batch or --d-model",
+              file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

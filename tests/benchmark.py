@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from cosd import Batch, Teacher, chunked_divergence, common_prefix, cosd_step, reverse_kl
+from cosd import Batch, Teacher, chunked_divergence, cosd_step, reverse_kl
 from model import GPT, GPTConfig
 
 V_BIG, POSITIONS, WIDTH = 151_936, 512, 512
@@ -34,7 +34,7 @@ def context_ratios(device: str, rounds: int) -> None:
     cases = {}
     for name, length, read_once in [("10 tokens, read once", 10, True), ("1000 tokens, read once", 1000, True), ("1000 tokens, re-read by every row", 1000, False)]:
         teacher_prompts = [context[:length] + prompt for prompt in prompts]
-        cases[name] = Teacher(student, shared=common_prefix(teacher_prompts) if read_once else ()), teacher_prompts, []
+        cases[name] = Teacher(student, shared=context[:length] if read_once else ()), teacher_prompts, []
     for round_ in range(rounds + 1):                                                 # the cases take turns; round 0 warms up
         for teacher, teacher_prompts, seconds in cases.values():
             began = time.perf_counter()
@@ -60,8 +60,8 @@ def measure_chunk(chunk: int, frozen_head: bool, rounds: int) -> None:
     """In a process of its own, so that the peak is this case's: prints extra peak bytes and median seconds."""
     torch.manual_seed(0)
     hidden, teacher_hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True), torch.randn(POSITIONS, WIDTH)
-    head = (0.05 * torch.randn(V_BIG, WIDTH)).requires_grad_(not frozen_head)
-    teacher_head = 0.05 * torch.randn(V_BIG, WIDTH)
+    head, teacher_head = (torch.empty(V_BIG, WIDTH).normal_(0, 0.05) for _ in range(2))   # in place: no peak of its own
+    head.requires_grad_(not frozen_head)
     for leaf in (hidden, head):
         if leaf.requires_grad:
             leaf.grad = torch.zeros_like(leaf).fill_(0.0)                            # as in training: the gradient buffers are there

@@ -121,6 +121,11 @@ def test_held_out_prompts_never_occur_in_training(kind):
 def test_anchors_are_anything_but_the_task_without_context(kind):
     anchors = draws(lambda rng: draw_anchor(rng, kind), 2000)
     assert not [e for e in anchors if e.kind == kind and e.context is None]
+    inputs = lambda e: {*e.prompt.split(), *(shown.split()[0] for shown in (e.context or "").split("; ") if e.kind == "demonstrations" and shown)}
+    assert not [e for e in anchors if inputs(e) & (HELD_OUT_WORDS | HELD_OUT_ITEMS)]
+    if kind in ("specification", "instructions"):
+        own = TASKS[kind](random.Random(0)).context.split()
+        assert not [e for e in anchors if e.context and set(e.context.split()) == set(own)]
     assert {e.kind for e in anchors if e.context} == set(WORLD) and {e.kind for e in anchors if not e.context} == set(WORLD) - {kind}
 
 
@@ -128,8 +133,8 @@ def test_anchors_are_anything_but_the_task_without_context(kind):
 def test_probes_are_other_contexts_and_the_known_verbs(kind):
     suites = probes(random.Random(0), kind, 40)
     assert set(suites) == {"verbs", *WORLD} and all(len(suite) == 40 for suite in suites.values())
-    own = TASKS[kind](random.Random(0)).context
-    assert all(e.context not in (None, own) for name, suite in suites.items() if name != "verbs" for e in suite)
+    own = sorted(TASKS[kind](random.Random(0)).context.split())
+    assert all(e.context is not None and sorted(e.context.split()) != own for name, suite in suites.items() if name != "verbs" for e in suite)
     assert all(e.context == ("style plain" if kind == "instructions" else None) and e.answer == VERBS[e.prompt.split()[1]](e.prompt.split()[0]) for e in suites["verbs"])
 
 

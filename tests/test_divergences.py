@@ -259,6 +259,16 @@ def test_top_k_by_hand():
         top_k_divergence(Q.log(), P.log(), 0)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_top_k_with_masked_logits_has_a_finite_gradient(name, k):
+    """Two tokens are ruled out on both sides: from k = 2 on the tail is empty."""
+    for of in ("student", "teacher"):
+        value, gradient = grad_of(lambda s, t: top_k_divergence(s, t, k, DIVERGENCES[name], of), [1.0, 0.5, -INF, -INF], [0.2, 0.9, -INF, -INF])
+        assert gradient.isfinite().all() and (gradient[2:] == 0).all()
+        assert value == pytest.approx(grad_of(DIVERGENCES[name], [1.0, 0.5], [0.2, 0.9])[0], abs=1e-6)
+
+
 # -------------------------------------------------------------------------------------------------- chunked
 @pytest.mark.parametrize("chunk", [1, 4, 10, 64])
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -296,6 +306,20 @@ def test_chunked_with_a_frozen_head_under_autocast_and_without_gradient():
         assert chunked_divergence(h_s, w, h_t, w, chunk=3)[0].item() == pytest.approx(loss.item(), rel=1e-6)
     with pytest.raises(ValueError, match="equal, positive lengths"):
         chunked_divergence(h_s, w, h_t[:4], w)
+
+
+def test_chunked_fp16_gradients_do_not_underflow():
+    """With a big vocabulary w · (Q − P) is below fp16's smallest number: the chunked version must scale it first."""
+    n, V, D = 64, 20_000, 16
+    h_s, head, h_t = (random_logits(*shape, seed=i, scale=0.3, dtype=torch.float32) for i, shape in enumerate([(n, D), (V, D), (n, D)]))
+    exact, low = ([x.clone().requires_grad_() for x in (h_s, head)] for _ in range(2))
+    forward_kl(exact[0] @ exact[1].T, h_t @ head.T).mean().backward()
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = chunked_divergence(*low, h_t, head, forward_kl, chunk=16)
+    (65536 * loss).backward()                                                   # as the gradient scaler does
+    for mine, true in zip(low, exact):
+        assert ((mine.grad / 65536 - true.grad).norm() / true.grad.norm()) < 0.02
+        assert (mine.grad == 0).float().mean() < 1e-3
 
 
 def test_kl_from_log_probabilities():

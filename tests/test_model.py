@@ -176,7 +176,8 @@ def test_position_limit_is_a_clear_error(model):
 def test_refusals():
     for bad, message in [(dict(mlp="relu"), "mlp='relu' is not supported; choose from swiglu"), (dict(n_layer=0), "n_layer=0 must be at least 1"),
                          (dict(n_kv_head=3), "not a multiple"), (dict(head_dim=5), "even head_dim"), (dict(dropout=1.0), "dropout"),
-                         (dict(rope_scaling={"rope_type": "yarn"}), "'yarn' is not supported")]:
+                         (dict(rope_scaling={"rope_type": "yarn"}), "'yarn' is not supported"),
+                         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks high_freq_factor, low_freq_factor")]:
         with pytest.raises(ValueError, match=message):
             tiny_gpt(**bad)
     model = tiny_gpt()
@@ -248,6 +249,12 @@ def test_gpt2_logits_equal_transformers():
     ids = random_ids(2, 40)
     with torch.no_grad():
         close(mine(ids), theirs(ids).logits)
+
+
+def test_bf16_weights_keep_exact_rotary_angles():
+    model = tiny_gpt().float()
+    exact = model.frequencies.clone()
+    assert torch.equal(model.bfloat16().frequencies, exact) and model(random_ids(1, 9)).dtype == torch.bfloat16
 
 
 def test_llama3_frequencies_by_hand():

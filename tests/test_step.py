@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_gpt
-from cosd import DIVERGENCES, Batch, Teacher, common_prefix, completion_states, cosd_step, forward_kl, jsd, reverse_kl, token_weights, top_k_divergence
+from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, forward_kl, jsd, reverse_kl, token_weights, top_k_divergence
 
 EOS = 7
 CONTEXT = [20, 3, 5, 5, 11, 2]
 PROMPTS = [[21, 4, 9], [21, 1], [21, 8, 8, 2, 6], [21, 0, 15]]
+SHARED = CONTEXT + [21]                                                         # the context and the user's marker
 TEACHER_PROMPTS = [CONTEXT + p for p in PROMPTS]
 COMPLETIONS = [[3, 12, EOS], [5, 5, 1, 16, EOS], [2], [EOS]]                     # the third was cut off, the last is EOS alone
 
@@ -202,7 +203,7 @@ def test_temperature_applies_to_rollouts_only():
 def test_weight_scales_loss_and_gradient_but_not_the_divergence():
     student, teacher = two_models()
     (log, gradient), (half_log, half_gradient) = step(student, teacher, batch()), step(student, teacher, batch(), weight=0.5)
-    assert half_log["loss"] == pytest.approx(log["loss"] / 2) and half_log["divergence"] == pytest.approx(log["divergence"])
+    assert half_log["loss"] == pytest.approx(log["loss"] / 2) and half_log["objective"] == pytest.approx(log["objective"])
     torch.testing.assert_close(half_gradient, gradient / 2)
 
 
@@ -217,21 +218,25 @@ def test_diagnostics_are_means_over_tokens():
     assert log["kl"] == pytest.approx(log["loss"], rel=1e-5)                                      # fewer than 256 tokens: the whole batch
     entropy = naive_loss(student, teacher.model, lambda s, t: -(s.softmax(-1) * s.log_softmax(-1)).sum())
     assert log["entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+    split, _ = step(student, teacher, batch(), "reverse_kl", micro_batch=1)
+    assert (split["kl"], split["entropy"]) == pytest.approx((log["kl"], log["entropy"]), rel=1e-5)
+    assert "kl" not in step(student, None, batch(), "cross_entropy")[0]
+
+
+def test_chunk_bounds_the_rows_of_logits():
+    student, teacher = two_models()
+    rows = []
+    for model in (student, teacher.model):
+        model.head.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    step(student, teacher, batch(), chunk=2)
+    assert max(rows) <= 2
 
 
 # --------------------------------------------------------------------------------------------------- teachers
-def test_common_prefix():
-    assert common_prefix([[1, 2, 3, 4], [1, 2, 5]]) == [1, 2]
-    assert common_prefix([[1, 2], [1, 2], [1, 2]]) == [1]                                         # one token is always left
-    assert common_prefix([[1, 2, 3], [1, 2]]) == [1]
-    assert common_prefix([[4, 2], [5, 2]]) == []
-    assert common_prefix(TEACHER_PROMPTS) == CONTEXT + [21]
-
-
 @pytest.mark.parametrize("kind", ["frozen", "ema", "live"])
 def test_context_read_once_equals_context_read_by_every_row(kind):
     student = tiny_gpt()
-    shared, plain = (Teacher(student, kind, ema_rate=0.5, shared=s) for s in (common_prefix(TEACHER_PROMPTS), ()))
+    shared, plain = (Teacher(student, kind, ema_rate=0.5, shared=s) for s in (SHARED, ()))
     for _ in range(3):                                                                            # also after the teacher has moved
         (log, gradient), (plain_log, plain_gradient) = step(student, shared, batch()), step(student, plain, batch())
         assert log["loss"] == pytest.approx(plain_log["loss"], rel=1e-9)
@@ -251,7 +256,7 @@ def test_a_frozen_teacher_reads_its_context_once(monkeypatch):
     monkeypatch.setattr(type(student), "read", lambda self, ids: reads.append(len(ids)) or original(self, ids))
     counts = {}
     for kind in ("frozen", "ema", "live"):
-        teacher = Teacher(student, kind, shared=common_prefix(TEACHER_PROMPTS))
+        teacher = Teacher(student, kind, shared=SHARED)
         reads.clear()
         for _ in range(3):
             step(student, teacher, batch(), micro_batch=2)
@@ -289,7 +294,7 @@ def test_dropout_is_on_for_the_student_and_off_for_the_teacher():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_autocast_keeps_fp32_masters_and_nearly_the_gradient(dtype, chunk):
-    student, teacher = (tiny_gpt(0).float(), Teacher(tiny_gpt(1).float(), shared=common_prefix(TEACHER_PROMPTS)))
+    student, teacher = (tiny_gpt(0).float(), Teacher(tiny_gpt(1).float(), shared=SHARED))
     _, exact = step(student, teacher, batch())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     log, gradient = step(student, teacher, batch(), chunk=chunk, autocast=lambda: torch.autocast("cpu", dtype), backward=lambda loss: scaler.scale(loss).backward())

@@ -1,5 +1,7 @@
 """The program: config, checkpoints, resume after a kill, Ctrl-C, non-finite losses, bad input, mixed precision, the report."""
 
+import importlib.util
+import io
 import json
 import os
 import re
@@ -61,8 +63,10 @@ def test_whole_story_in_small(tmp_path, capsys):
     story = train.train(Config(**SMOKE | {"out": str(tmp_path), "device": "cpu"}))
     assert [(r["context"], r["method"]) for r in story["results"]] == [(c, m) for c in TASKS for m in ("cosd", "sft")]
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(story["results"]))
-    assert story["report"] in (tmp_path / "results.md").read_text() and story["report"] in capsys.readouterr().out
-    assert (tmp_path / "figure.png").exists() or "matplotlib" not in sys.modules
+    printed = capsys.readouterr().out
+    assert story["report"] == (tmp_path / "results.md").read_text() and story["report"] in printed
+    assert printed.count("The teacher does not beat the student") == 8          # four steps of pretraining teach nothing
+    assert (tmp_path / "figure.png").exists() == bool(importlib.util.find_spec("matplotlib"))
     for result in story["results"]:
         folder = tmp_path / f"{result['context']}-{result['method']}-seed0"
         assert {f.name for f in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.txt", "result.json", "checkpoint.pt"}
@@ -85,10 +89,56 @@ def test_every_choice_runs(out, changes):
     assert result["method"] == changes.get("method", "cosd")
 
 
+def test_settings_reach_the_step(out, monkeypatch):
+    """Every flag about the objective arrives at cosd_step, on task and anchor prompts."""
+    seen, original = [], train.cosd_step
+    monkeypatch.setattr(train, "cosd_step", lambda *args, **kwargs: seen.append((args, kwargs)) or original(*args, **kwargs))
+    train.train(smoke(out, steps=1, divergence="jsd", beta=0.3, top_k=7, micro_batch=3, chunk=5, skip=1, reduction="sequence", temperature=0.7, batch=7, anchors=0.3))
+    (task, task_settings), (anchors, anchor_settings) = seen
+    for (_, _, batch, objective), settings in ((task, task_settings), (anchors, anchor_settings)):
+        assert objective.keywords["k"] == 7 and objective.keywords["divergence"].keywords == {"beta": 0.3}
+        assert {k: settings[k] for k in ("micro_batch", "chunk", "reduction", "temperature", "max_new_tokens", "eos")} == {
+            "micro_batch": 3, "chunk": 5, "reduction": "sequence", "temperature": 0.7, "max_new_tokens": 24, "eos": {train.END}}
+    assert (len(task[2].prompts), len(anchors[2].prompts)) == (5, 2)
+    assert (task_settings["weight"], anchor_settings["weight"]) == (pytest.approx(5 / 7), pytest.approx(2 / 7))
+    assert task_settings["skip"] == 1 and "skip" not in anchor_settings and task[1].kind == "frozen"
+    assert task[2].prompts != task[2].teacher_prompts and anchors[2].prompts == anchors[2].teacher_prompts
+
+
+def test_the_shared_context_is_read_once_for_b_and_c(out, monkeypatch):
+    reads, original = [], train.GPT.read
+    monkeypatch.setattr(train.GPT, "read", lambda self, ids: reads.append(list(ids)) or original(self, ids))
+    counts = {}
+    for context in TASKS:
+        reads.clear()
+        train.train(smoke(out, context=context))
+        counts[context] = len(reads)
+        assert all(train.decode(ids) == f"<|system|>{TASKS[context](train.seeded(0)).context}<|user|>" for ids in reads)
+    assert counts == {"demonstrations": 0, "specification": 1, "instructions": 1, "privileged": 0}
+
+
+def test_result_says_which_model_saw_what(out, monkeypatch):
+    """teacher: the base with C; before: the base without; after: the tuned model without."""
+    asked = []
+
+    def answers(model, prompts, cfg):
+        with_context = prompts[0][0] == train.contexts.SYSTEM
+        asked.append((id(model), with_context))
+        return ["certainly" if with_context else "plain"] * len(prompts)
+
+    graded = []
+    monkeypatch.setattr(train, "answers", answers)
+    monkeypatch.setattr(train.contexts, "grade", lambda e, text: graded.append(text) or {"score": float(text == "certainly"), "exact": 0.0})
+    (result,) = train.train(smoke(out))["results"]
+    assert (result["teacher"]["score"], result["before"]["score"], result["after"]["score"]) == (1.0, 0.0, 0.0)
+    models = [model for model, _ in asked]
+    assert models[0] == models[1] != models[-1] and not asked[-1][1]
+
+
 def test_methods_differ_in_who_writes(out):
     """sft: the expert; offline: the teacher, in context; gkd: λ decides; cosd: nobody yet, so the student will."""
     cfg = smoke(out, context="demonstrations")
-    base = train.get_base(cfg, *train.resolve_device(cfg))
+    base, _ = train.get_base(cfg, *train.resolve_device(cfg))
     teacher = train.Teacher(base)
     written = {m: train.make_batch(cfg.for_method(m), "demonstrations", 0, teacher) for m in ("cosd", "sft", "offline")}
     assert written["cosd"].completion is None
@@ -111,8 +161,8 @@ def test_same_seed_same_weights_other_seed_others(reference, tmp_path):
     assert not same(final_state(out)["model"], final_state(tmp_path, "instructions-cosd-seed1")["model"])
 
 
-@pytest.mark.parametrize("phase, when", [("base", 23), ("run", 7)])
-def test_resume_after_kill_9_equals_an_uninterrupted_run(reference, tmp_path, phase, when):
+@pytest.mark.parametrize("phase, when, dtype", [("base", 23, "fp32"), ("run", 7, "fp32"), ("run", 7, "bf16"), ("run", 7, "fp16")])
+def test_resume_after_kill_9_equals_an_uninterrupted_run(reference, tmp_path_factory, phase, when, dtype):
     """A child process kills itself without warning in the middle of a step; --resume reaches the same bits."""
     code = f"""
 import os, signal, sys, train
@@ -127,30 +177,47 @@ def optimize(cfg, student, step_fn, **kwargs):
 train.optimize = optimize
 sys.exit(train.main(sys.argv[1:]))
 """
-    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12", "--save-every", "5", "--teacher", "ema", "--device", "cpu", "--out", str(tmp_path)]
+    whole, killed_out = reference[0], tmp_path_factory.mktemp("killed")
+    if dtype != "fp32":
+        whole = tmp_path_factory.mktemp("whole")
+        train.train(smoke(whole, steps=12, save_every=5, teacher="ema", dtype=dtype))
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12", "--save-every", "5", "--teacher", "ema",
+             "--device", "cpu", "--dtype", "auto" if dtype == "fp32" else dtype, "--out", str(killed_out)]
     killed = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert main([*flags, "--resume"]) == 0
-    assert same(final_state(reference[0]), final_state(tmp_path))
-    rows = [json.loads(line) for line in (tmp_path / "instructions-cosd-seed0" / "metrics.jsonl").read_text().splitlines()]
-    reference_rows = [json.loads(line) for line in (reference[0] / "instructions-cosd-seed0" / "metrics.jsonl").read_text().splitlines()]
-    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in reference_rows]
+    assert same(final_state(whole), final_state(killed_out))
+    runs = [folder / "instructions-cosd-seed0" for folder in (killed_out, whole)]
+    rows = [[json.loads(line) | {"seconds": 0} for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert rows[0] == rows[1] and len(rows[0]) == 12
+    assert (runs[0] / "samples.txt").read_text() == (runs[1] / "samples.txt").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_kill_save_and_say_how_to_go_on(reference, tmp_path, number):
-    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12", "--save-every", "5", "--teacher", "ema", "--device", "cpu", "--out", str(tmp_path)]
-    child = subprocess.Popen([sys.executable, "train.py", *flags, "--pretrain-steps", "40"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = None
-    while child.poll() is None and not (metrics and metrics.stat().st_size >= 0 and time.sleep(0.3) is None):
-        metrics = next(iter(tmp_path.glob("base-*/metrics.jsonl")), None)
-        time.sleep(0.02)
-    child.send_signal(number)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and "--resume" in err and "Traceback" not in err, err
-    assert list(tmp_path.glob("*/checkpoint.pt"))
+def test_ctrl_c_and_kill_save_and_say_how_to_go_on(reference, out, monkeypatch, capsys, number):
+    original, calls = train.cosd_step, []
+
+    def cosd_step(student, teacher, *args, **kwargs):
+        calls.append(1)
+        if teacher and len(calls) == 7:                                                             # in the middle of step 3
+            os.kill(os.getpid(), number)
+        return original(student, teacher, *args, **kwargs)
+
+    monkeypatch.setattr(train, "cosd_step", cosd_step)
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12", "--save-every", "5", "--teacher", "ema",
+             "--device", "cpu", "--out", str(out)]
+    assert main(flags) == 130
+    err = capsys.readouterr().err
+    assert "stopped after step 4 of 12" in err and "go on with the same command and --resume" in err
+    assert final_state(out)["step"] == 4 and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     assert main([*flags, "--resume"]) == 0
-    assert same(final_state(reference[0]), final_state(tmp_path))
+    assert same(final_state(reference[0]), final_state(out))
+
+
+def test_ctrl_c_outside_the_loop_says_how_to_go_on_too(out, monkeypatch, capsys):
+    monkeypatch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
+    assert main(["--preset", "smoke", "--device", "cpu", "--out", str(out)]) == 130
+    assert "go on with the same command and --resume" in capsys.readouterr().err
 
 
 def test_resume_takes_finished_runs_as_they_are(reference, capsys):
@@ -203,7 +270,15 @@ def test_non_finite_loss_or_gradient_stops_and_keeps_the_last_good_checkpoint(ou
     (["--context", "poems"], "invalid choice: 'poems'"),
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--steps", "0"], "--steps 0 must be at least 1"),
-    (["--anchors", "1"], "--anchors 1.0 must be a share"),
+    (["--anchors", "1"], "--anchors 1.0 leaves the task no prompt"),
+    (["--anchors", "inf"], "--anchors inf must be between 0 and 1"),
+    (["--temperature", "1e-40"], "too close to 0 to sample"),
+    (["--max-new-tokens", "600"], "--max_new_tokens 600 must be at most 256"),
+    (["--skip", "24"], "--skip 24 below it"),
+    (["--divergence", "policy_gradient", "--method", "offline"], "needs the student's own samples"),
+    (["--divergence", "policy_gradient", "--temperature", "0.5"], "needs the student's own samples"),
+    (["--device", "meta"], "choose from auto, cpu, cuda, mps"),
+    (["--d-model", "40000000"], "out of memory: lower --micro-batch"),
     (["--beta", "1"], "use --divergence forward_kl or reverse_kl"),
     (["--d-model", "130"], "--d_model 130 / --n_head 4 must be an even whole number"),
     (["--divergence", "policy_gradient", "--top-k", "5"], "--top_k and --chunk do not apply"),
@@ -226,7 +301,11 @@ def test_damaged_and_foreign_checkpoints(out, capsys):
     for path in (out / "instructions-cosd-seed0" / "checkpoint.pt", next(out.glob("base-*/checkpoint.pt"))):
         (out / "instructions-cosd-seed0" / "result.json").unlink(missing_ok=True)
         whole = path.read_bytes()
-        for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
+        buffers = []
+        for foreign in (torch.zeros(3), {"identity": None}, {"identity": [1]}, {"weights": 1}):
+            buffers.append(io.BytesIO())
+            torch.save(foreign, buffers[-1])
+        for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2], *(b.getvalue() for b in buffers)):
             path.write_bytes(damaged)
             assert main(flags) == 2
             assert re.search(rf"{path} is not a checkpoint of this program, or is damaged .*: delete it", capsys.readouterr().err)
@@ -250,7 +329,7 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 def test_the_command_line_is_the_dataclass():
     assert parse([]) == Config()
     cfg = parse(["--preset", "smoke", "--steps", "9", "--gkd-lambda", "0.25", "--gkd_lambda", "0.75", "--lr", "2.0", "--resume", "--divergence", "jsd"])
-    assert cfg == Config(**SMOKE | dict(preset="smoke", steps=9, gkd_lambda=0.75, lr=2.0, resume=True, divergence="jsd"))
+    assert cfg == Config(**SMOKE | dict(steps=9, gkd_lambda=0.75, lr=2.0, resume=True, divergence="jsd"))
     with pytest.raises(Exception, match="cannot assign"):
         cfg.steps = 3
 
@@ -259,7 +338,7 @@ def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{field.name}" in text for field in fields(Config))
+    assert stop.value.code == 0 and all(f"--{field.name}" in text for field in fields(Config)) and "--preset" in text
 
 
 def test_base_is_found_by_fingerprint(out):
@@ -282,10 +361,10 @@ def test_pretraining_batches_cover_the_draws_and_are_cut_by_length():
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mixed_precision_trains_fp32_masters(tmp_path, dtype):
     cfg = smoke(tmp_path, dtype=dtype)
-    _, autocast, scaler = train.resolve_device(cfg)
-    assert scaler.is_enabled() == (dtype == "fp16")
+    device, low, autocast = train.resolve_device(cfg)
+    assert low == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     with autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == low
     train.train(cfg)
     state = final_state(tmp_path)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in state["model"].values())
@@ -310,6 +389,21 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
     assert final_state(tmp_path)["scaler"]["scale"] == 65536 / 2
 
 
+def test_fp16_that_overflows_for_ever_is_an_error(tmp_path, monkeypatch, capsys):
+    original = train.cosd_step
+
+    def cosd_step(student, teacher, *args, **kwargs):
+        log = original(student, teacher, *args, **kwargs)
+        if teacher:
+            student.embed.weight.grad[0, 0] = float("inf")
+        return log
+
+    monkeypatch.setattr(train, "cosd_step", cosd_step)
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "40", "--anchors", "0", "--batch", "2"]
+    assert main([*flags, "--dtype", "fp16", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "not a finite number" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------- report
 def test_table_gives_mean_and_standard_deviation_over_seeds(out):
     story = train.train(smoke(out, seeds=2, method="sft"))
@@ -329,7 +423,7 @@ def test_without_matplotlib_there_is_no_figure_but_everything_else(reference, mo
 def test_drift_by_hand(out):
     """KL(base‖tuned) on the base's samples: zero for the base itself, and not symmetric."""
     cfg = smoke(out)
-    base = train.get_base(cfg, *train.resolve_device(cfg))
+    base, _ = train.get_base(cfg, *train.resolve_device(cfg))
     examples = train.contexts.probes(train.seeded(0), "instructions", 8)["specification"]
     assert train.drift(base, base, examples, cfg) == pytest.approx(0, abs=1e-7)
     tuned = train.copy.deepcopy(base)
