@@ -7,9 +7,9 @@ moves toward the teacher by forward KL, reverse KL or Jensen-Shannon divergence:
 
     L(θ) = E_{y ~ p_θ(·|x)}  Σ_t w_t · D( P(·|x, C, y_<t) , Q(·|x, y_<t) )
 
-No gradient flows through the sampling of y, and none into the teacher. That is the objective of SDFT, OPCD and
-OPSD; the full sequence-level reverse KL has a further score-function term that none of them uses. Four methods
-are four choices of C (contexts.py); this file knows no task.
+No gradient flows through the sampling of y, and none into the teacher: a token-level objective. (The gradient of the
+sequence-level KL would have one more term, the score function of y; on-policy distillation leaves it out.) Four
+methods are four choices of C (contexts.py); this file knows no task.
 
 Everything is in nats, over the full vocabulary unless a name says otherwise, and in fp32 (float64 stays float64)
 whatever comes in, also under autocast: in bf16 a Jensen-Shannon divergence can come out negative.
@@ -61,7 +61,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Gradient   to the student only: dL/d student_logits = Q − P. It is SFT's cross-entropy with the teacher's
                distribution as soft label, less the constant H(P).
     −inf       a token the student cannot say (Q = 0) but the teacher does: +inf. Both −inf: contributes 0.
-    Source     SDFT's code; Eq. 1 of GKD, arXiv:2306.13649.
+    Source     the loss of SDFT's code, arXiv:2601.19897; "KL-based divergences" in GKD, arXiv:2306.13649.
 
     The lecture's example, teacher P = (mat .7, floor .2, chair .1), student Q = (.5, .3, .2):
       .7 log(.7/.5) + .2 log(.2/.3) + .1 log(.1/.2) = .2355 − .0811 − .0693 = .0851 nats
@@ -94,7 +94,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
     Trap       In GKD, TRL and Liger one knob β means forward KL at 0 and reverse KL at 1, but the formula tends to
                0 at both ends (JSD_β/β -> forward KL as β -> 0, JSD_β/(1−β) -> reverse KL as β -> 1): the knob jumps.
                On one input: β = 0: 5.2, .001: .005, .5: .54, .999: .004, 1: 4.6. Here 0 and 1 are errors; name the KL.
-    Source     Eq. 2, arXiv:2306.13649 (GKD), with its β.
+    Source     Eq. 1, arXiv:2306.13649 (GKD), with its β.
 
     The same P, Q at β = ½:  M = (.6, .25, .15)
       KL(P‖M) = .7 log(.7/.6) + .2 log(.2/.25) + .1 log(.1/.15) = .1079 − .0446 − .0405 = .0227

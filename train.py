@@ -14,7 +14,7 @@ A method is two choices: who writes the completion, and what is minimised on its
     cosd      the student, without C     the divergence
 
 Everything random in step s is seeded by (seed, s), so a checkpoint needs no random state, only weights, optimizer (and its
-scaler), EMA teacher and step number: a resumed run equals an uninterrupted one. Left out: several devices, hyper-parameter search.
+scaler), EMA teacher and step number: a resumed run equals an uninterrupted one. Left out: several devices, sweeps.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def optimize(
         checkpoint.unlink(missing_ok=True)
         metrics.write_text("")
 
-    # Ctrl-C and kill are noted, and acted upon between two steps, when weights and optimizer agree. A second one is not waited for.
+    # Ctrl-C and kill are noted, and acted upon between two steps, when weights and optimizer agree; a second one at once.
     stop: list[int] = []
 
     def note(number: int, _) -> None:
@@ -319,9 +319,9 @@ def pretraining_batches(seed: int, group: int, size: int) -> list[list[Example]]
 
 
 def get_base(cfg: Config, device: torch.device, dtype: torch.dtype, autocast: Callable) -> tuple[GPT, str]:
-    """The base for this configuration and seed, loaded if out/ has it, otherwise pretrained; and its fingerprint.
-
-    The folder's name is a fingerprint of the settings and of a sample of the data itself: a changed world means a new base.
+    """The base for this configuration and seed, and its fingerprint. Pretraining always goes on from where it stood, so a
+    complete base is simply loaded. The folder's name is the fingerprint, of the settings and of a sample of the data
+    itself: a changed world means a new base.
     """
     D, H = cfg.d_model, cfg.n_head
     shape = GPTConfig(contexts.ENCODING.n_vocab, cfg.n_layer, D, H, n_kv_head=H, head_dim=D // H, d_ff=3 * D)
@@ -334,11 +334,6 @@ def get_base(cfg: Config, device: torch.device, dtype: torch.dtype, autocast: Ca
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.seed)
     base = GPT(shape).to(device)
-    if (folder / "checkpoint.pt").exists():
-        state = load(folder / "checkpoint.pt", identity)
-        if state["step"] == cfg.pretrain_steps:
-            base.load_state_dict(state["model"])
-            return base, fingerprint
 
     def step_fn(step: int, backward: Callable) -> dict:
         examples = pretraining_batches(cfg.seed, step // 8, cfg.pretrain_batch)[step % 8]
@@ -346,8 +341,8 @@ def get_base(cfg: Config, device: torch.device, dtype: torch.dtype, autocast: Ca
         batch = Batch(prompts, prompts, *completions([e.answer for e in examples], device))
         return cosd_step(base, None, batch, "cross_entropy", eos={END}, max_new_tokens=1, autocast=autocast, backward=backward)
 
-    optimize(cfg, base, step_fn, label=f"base, seed {cfg.seed}", folder=folder, identity=identity, steps=cfg.pretrain_steps,
-             lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1, dtype=dtype)
+    optimize(replace(cfg, resume=True), base, step_fn, label=f"base, seed {cfg.seed}", folder=folder, identity=identity,
+             steps=cfg.pretrain_steps, lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1, dtype=dtype)
     return base, fingerprint
 
 
@@ -374,6 +369,22 @@ def drift(base: GPT, tuned: GPT, examples: list[Example], cfg: Config) -> float:
     ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={END}, generator=generator)
     logits = [model.head(completion_states(model, prompts, ids, mask)) for model in (tuned, base)]     # (n, V) each
     return forward_kl(*logits).mean().item()
+
+
+def measure(base: GPT, tuned: GPT, heldout: list[Example], probes: dict[str, list[Example]], cfg: Config) -> dict:
+    """After training: what was learned, without context, and what became of everything else."""
+    prior = {name: [evaluate(model, suite, True, cfg)["exact"] for model in (base, tuned)] for name, suite in probes.items()}
+    change = {name: after - before for name, (before, after) in prior.items()}
+    shown = [replace(e, context=None) for e in heldout[:2]] + [e for suite in probes.values() for e in suite[:4]]
+    said = [answers(model, [render(e.context, e.prompt) for e in shown], cfg) for model in (base, tuned)]
+    return {
+        "after": evaluate(tuned, heldout, False, cfg), "prior": prior,
+        "prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values()),
+        "drift": drift(base, tuned, [e for suite in probes.values() for e in suite], cfg),
+        "prompt_tokens_saved": statistics.fmean(len(render(e.context, "")) - len(render(None, "")) for e in heldout),
+        "samples": [{"context": e.context, "prompt": e.prompt, "reference": e.answer, "before": before, "after": after}
+                    for e, before, after in zip(shown, *said)],
+    }
 
 
 # ======================================================================================= 5. one run of one method
@@ -437,7 +448,7 @@ def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dty
     identity = {k: v for k, v in asdict(cfg).items() if k not in NOT_IDENTITY} | {"base": fingerprint}
     if cfg.resume and result_file.exists():
         result = json.loads(result_file.read_text())                   # written whole or not at all
-        if result["config"] == identity:
+        if result.get("config") == identity:
             print(f"{label}: complete, taken from {result_file}")
             return result
     result_file.unlink(missing_ok=True)
@@ -491,20 +502,8 @@ def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dty
              warmup=cfg.warmup, weight_decay=0.0, dtype=dtype, teacher=teacher, on_step=on_step)
     seconds = time.perf_counter() - began
 
-    prior = {name: [evaluate(model, suite, True, cfg)["exact"] for model in (base, student)] for name, suite in probes.items()}
-    change = {name: after - was for name, (was, after) in prior.items()}
-    shown = [replace(e, context=None) for e in heldout[:2]] + [e for suite in probes.values() for e in suite[:4]]
-    said = [answers(model, [render(e.context, e.prompt) for e in shown], cfg) for model in (base, student)]
-    result = {
-        "config": identity, "context": context, "method": method, "seed": cfg.seed,
-        "teacher": ceiling, "before": before, "after": evaluate(student, heldout, False, cfg), "prior": prior,
-        "prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values()),
-        "drift": drift(base, student, [e for suite in probes.values() for e in suite], cfg),
-        "prompt_tokens_saved": statistics.fmean(len(render(e.context, "")) - len(render(None, "")) for e in heldout),
-        "seconds": round(seconds, 1),
-        "samples": [{"context": e.context, "prompt": e.prompt, "reference": e.answer, "before": was, "after": now}
-                    for e, was, now in zip(shown, *said)],
-    }
+    result = {"config": identity, "context": context, "method": method, "seed": cfg.seed, "seconds": round(seconds, 1),
+              "teacher": ceiling, "before": before} | measure(base, student, heldout, probes, cfg)
     write(result_file, json.dumps(result, indent=1).encode())
     return result
 
@@ -592,7 +591,7 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(title=title, ylabel="share right" if column == "after" else "change of exact match")
-    axes[0].set_ylim(0, 1.3)
+    axes[0].set(ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
     axes[0].legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
     lowest = min(axes[1].get_ylim()[0], axes[2].get_ylim()[0], -0.1)
     for axis in axes[1:]:
