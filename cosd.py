@@ -207,7 +207,7 @@ class ChunkedDivergence(torch.autograd.Function):
 
 def chunked_divergence(
     student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
-    divergence: Callable[[Tensor, Tensor], Tensor] = reverse_kl, weights: Tensor | None = None, chunk: int = 64,
+    divergence: Callable[[Tensor, Tensor], Tensor] = reverse_kl, weights: Tensor | None = None, chunk: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Σ_i w_i D(student_i, teacher_i) from hidden states (n, D) and head weights (V, D), exactly -> (loss (), per_token (n,)).
 

@@ -603,9 +603,8 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
 # ================================================================================================= 7. the story
 def train(cfg: Config) -> dict:
     """Everything that `python train.py` does, for notebooks and tests -> {"results": [...], "report": Markdown}."""
-    out = Path(cfg.out)
+    out, (device, dtype, autocast) = Path(cfg.out), resolve_device(cfg)
     out.mkdir(parents=True, exist_ok=True)
-    device, dtype, autocast = resolve_device(cfg)
     results = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         seed_cfg = replace(cfg, seed=seed)

@@ -286,9 +286,9 @@ def test_non_finite_loss_or_gradient_stops_and_keeps_the_last_good_checkpoint(ou
     (["--lr", "nan"], "--lr nan must be between"),
     (["--out", "/proc/nowhere"], "/proc/nowhere"),
 ])
-def test_bad_input_is_one_readable_line_and_exit_code_2(flags, message, capsys):
+def test_bad_input_is_one_readable_line_and_exit_code_2(flags, message, capsys, tmp_path):
     try:
-        code = main(["--preset", "smoke", *flags])
+        code = main(["--preset", "smoke", "--out", str(tmp_path), *flags])
     except SystemExit as argparse_exit:
         code = argparse_exit.code
     lines = capsys.readouterr().err.strip().splitlines()
