@@ -255,6 +255,10 @@ def test_top_k_by_hand():
     """Teacher's top 1 of the lecture's P: buckets (.7, .3) against (.5, .5)."""
     value = top_k_divergence(Q.log(), P.log(), 1, forward_kl, "teacher")
     assert value.item() == pytest.approx(0.7 * math.log(1.4) + 0.3 * math.log(0.6), abs=1e-12)
+    other = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)                      # a student who prefers the chair
+    for of, (p, q) in {"teacher": (0.7, 0.2), "student": (0.1, 0.5)}.items():
+        by_hand = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        assert top_k_divergence(other.log(), P.log(), 1, forward_kl, of).item() == pytest.approx(by_hand, abs=1e-12)
     with pytest.raises(ValueError, match="at least 1"):
         top_k_divergence(Q.log(), P.log(), 0)
 
