@@ -2,8 +2,8 @@
 
 Wide enough to hold GPT-2 (LayerNorm, learned positions, GELU, biases, tied head) and the Llama / Qwen
 family (RMSNorm, rotary positions, SwiGLU, grouped-query heads, q/k norm): each difference is one field of
-`GPTConfig`. What the config cannot represent is refused by name, never approximated. Left out:
-mixture of experts, sliding windows, quantization, more than one device.
+`GPTConfig`. What the config cannot represent is refused by name, never approximated. Their weights come in from
+safetensors and go out again, exactly. Left out: mixture of experts, sliding windows, quantization, several devices.
 
 Three ideas carry the file:
   hidden, then project   `hidden` gives (B, T, D); only the positions that need a prediction go through `head`.
@@ -19,11 +19,15 @@ Dimension key
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -294,6 +298,15 @@ class GPT(nn.Module):
             cache.length = cache.length + T
         return self.norm(x)
 
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> GPT:
+        """A GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint by hub name or folder; others are refused by name."""
+        return load_pretrained(name_or_folder, dtype)
+
+    def save_pretrained(self, folder: str | os.PathLike, tokenizer=None, eos: Collection[int] = ()) -> None:
+        """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read."""
+        save_pretrained(self, folder, tokenizer, eos)
+
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> KVCache:
         """Read a context once: the cache to hand as `prefix` to any batch that starts with it."""
@@ -372,3 +385,160 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+# ================================================================================= Hugging Face, in and out
+SUPPORTED = "gpt2, llama, mistral (no active sliding window), qwen2, qwen3 (dense)"
+LLAMA_NAMES = {                                                        # Hugging Face's words -> ours
+    "model.embed_tokens": "embed", "lm_head": "head", "model.norm": "norm", "model.layers": "blocks",
+    "input_layernorm": "norm1", "post_attention_layernorm": "norm2", "self_attn": "attention",
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+}
+GPT2_NAMES = {
+    "transformer.wte": "embed", "transformer.wpe": "embed_position", "lm_head": "head", "transformer.ln_f": "norm",
+    "transformer.h": "blocks", "ln_1": "norm1", "ln_2": "norm2", "attn.c_proj": "attention.out", "attn.c_attn": "attention.qkv",
+    "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down",
+}
+
+
+CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")   # older files carry them
+
+
+def config_from_hugging_face(hf) -> GPTConfig:
+    """A transformers config -> ours. What `GPT` cannot represent exactly is refused by name."""
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{hf.model_type}: {what} is not supported. Supported: {SUPPORTED}; safetensors, not quantized")
+
+    need(hf.model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3"), "this architecture")
+    need(getattr(hf, "quantization_config", None) is None, "a quantized checkpoint")
+    if hf.model_type == "gpt2":
+        activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+        need(hf.activation_function in activations, f"activation {hf.activation_function!r}")
+        need(hf.scale_attn_weights and not hf.scale_attn_by_inverse_layer_idx, "another scaling of the attention scores")
+        need(not hf.add_cross_attention, "cross-attention")
+        D, H = hf.n_embd, hf.n_head
+        return GPTConfig(hf.vocab_size, hf.n_layer, D, H, H, D // H, hf.n_inner or 4 * D, hf.n_positions, norm="layer",
+                         norm_eps=hf.layer_norm_epsilon, positions="learned", mlp=activations[hf.activation_function],
+                         qkv_bias=True, out_bias=True, mlp_bias=True, tied=hf.tie_word_embeddings)
+    need(hf.hidden_act in ("silu", "swish"), f"activation {hf.hidden_act!r}")
+    window = getattr(hf, "sliding_window", None)
+    active = window is not None and window < hf.max_position_embeddings and getattr(hf, "use_sliding_window", True)
+    need(not active and "sliding_attention" not in (getattr(hf, "layer_types", None) or ()), "an active sliding window")
+    rope = dict(hf.rope_parameters)
+    kind, theta = rope.get("rope_type", "default"), rope.pop("rope_theta")
+    need(kind in ("default", *ROPE_SCALINGS), f"rope scaling {kind!r}")
+    need(rope.get("partial_rotary_factor", 1.0) == 1.0, "a partial rotary embedding")
+    biased = bool(getattr(hf, "attention_bias", False))                # Qwen2 has biases on q, k, v only, always
+    return GPTConfig(hf.vocab_size, hf.num_hidden_layers, hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads,
+                     getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, hf.intermediate_size,
+                     hf.max_position_embeddings, norm_eps=hf.rms_norm_eps, rope_theta=theta,
+                     rope_scaling=None if kind == "default" else rope, qkv_bias=biased or hf.model_type == "qwen2",
+                     out_bias=biased, mlp_bias=bool(getattr(hf, "mlp_bias", False)), qk_norm=hf.model_type == "qwen3",
+                     tied=hf.tie_word_embeddings)
+
+
+def config_to_hugging_face(config: GPTConfig):
+    """Ours -> the transformers config of the simplest family that is the same function."""
+    import transformers
+
+    c = config
+    if c.norm == "layer":
+        biased = c.qkv_bias and c.out_bias and c.mlp_bias
+        whole = c.n_kv_head == c.n_head and c.n_head * c.head_dim == c.d_model
+        if not (biased and whole and c.tied) or c.positions != "learned" or c.mlp == "swiglu" or c.qk_norm:
+            raise ValueError("this GPTConfig is no family that transformers knows: LayerNorm, but otherwise not GPT-2")
+        return transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_layer=c.n_layer, n_embd=c.d_model, n_head=c.n_head, n_inner=c.d_ff,
+            n_positions=c.max_len, layer_norm_epsilon=c.norm_eps, architectures=["GPT2LMHeadModel"],
+            activation_function={"gelu_tanh": "gelu_new", "gelu": "gelu"}[c.mlp], bos_token_id=None, eos_token_id=None)
+    family = "Qwen3" if c.qk_norm else "Qwen2" if c.qkv_bias and not c.out_bias else "Llama"
+    odd_bias = (c.mlp_bias and family != "Llama") or (c.qkv_bias != c.out_bias and family != "Qwen2")
+    if c.positions != "rotary" or c.mlp != "swiglu" or odd_bias:
+        raise ValueError(f"this GPTConfig is no family that transformers knows: RMSNorm, but otherwise not {family}")
+    extra = {"Llama": dict(attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias), "Qwen2": {},
+             "Qwen3": dict(attention_bias=c.qkv_bias)}[family]
+    return getattr(transformers, f"{family}Config")(
+        vocab_size=c.vocab_size, num_hidden_layers=c.n_layer, hidden_size=c.d_model, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, intermediate_size=c.d_ff, max_position_embeddings=c.max_len,
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, architectures=[f"{family}ForCausalLM"], bos_token_id=None,
+        eos_token_id=None, **extra,
+        rope_parameters={"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta})
+
+
+def from_hugging_face(name: str, tensor: Tensor, gpt2: bool) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of a checkpoint -> ours, by name. GPT-2 stores its matrices transposed, and q, k, v as one."""
+    if gpt2 and not name.startswith(("transformer.", "lm_head.")):
+        name = "transformer." + name                                   # the original GPT-2 files lack the prefix
+    for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items():
+        name = re.sub(rf"(^|\.){re.escape(theirs)}(?=\.)", rf"\g<1>{ours}", name, count=1)
+    if gpt2 and tensor.dim() == 2 and re.search(r"\.(qkv|out|up|down)\.", name):
+        tensor = tensor.T
+    parts = "qkv" if ".qkv." in name else [None]
+    for part, piece in zip(parts, tensor.chunk(len(parts))):
+        yield name.replace(".qkv.", f".{part}."), piece
+
+
+def load_pretrained(name_or_folder: str | os.PathLike, dtype: torch.dtype) -> GPT:
+    """`GPT.from_pretrained`: weights from safetensors, one tensor at a time: no second copy, no pickles, no remote code."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    hf = AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
+    config = config_from_hugging_face(hf)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.frequencies = rotary_frequencies(config)
+    index = cached_file(name_or_folder, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    files = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else [SAFE_WEIGHTS_NAME]
+    wanted = dict(model.named_parameters())
+    for file in files:
+        path = cached_file(name_or_folder, file, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            raise ValueError(f"{name_or_folder} has no {file}: only safetensors are loaded; convert the checkpoint first")
+        with safe_open(path, framework="pt") as tensors:
+            for theirs in tensors.keys():
+                if (theirs == "lm_head.weight" and config.tied) or CONSTANTS.search(theirs):
+                    continue
+                for name, tensor in from_hugging_face(theirs, tensors.get_tensor(theirs), hf.model_type == "gpt2"):
+                    if name not in wanted or wanted[name].shape != tensor.shape:
+                        expected = tuple(wanted[name].shape) if name in wanted else "no such weight"
+                        raise ValueError(f"{path}: {theirs} {tuple(tensor.shape)} does not fit the config ({expected})")
+                    owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                    setattr(owner, leaf, nn.Parameter(tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)))
+    if config.tied:
+        model.head.weight = model.embed.weight
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{name_or_folder} lacks {len(missing)} weights, among them {missing[0]}")
+    return model
+
+
+def save_pretrained(model: GPT, folder: str | os.PathLike, tokenizer, eos: Collection[int]) -> None:
+    """`GPT.save_pretrained`: config, safetensors, generation config and tokenizer, in transformers' format."""
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    hf = config_to_hugging_face(model.config)
+    gpt2, state = hf.model_type == "gpt2", {}
+    for name, tensor in model.state_dict().items():
+        if name == "head.weight" and model.config.tied:
+            continue
+        if gpt2:
+            for ours, theirs in [("attention.out.", "attn.c_proj."), ("mlp.up.", "mlp.c_fc."), ("mlp.down.", "mlp.c_proj.")]:
+                name = name.replace(ours, theirs)
+            if re.search(r"attention\.[kv]\.", name):
+                continue                                               # stored with q
+            if ".attention.q." in name:
+                tensor = torch.cat([model.state_dict()[name.replace(".q.", f".{part}.")] for part in "qkv"])
+                name = name.replace("attention.q.", "attn.c_attn.")
+            tensor = tensor.T if tensor.dim() == 2 and ".c_" in name else tensor
+        for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items():
+            name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.)", rf"\g<1>{theirs}", name, count=1)
+        state[name] = tensor.contiguous()
+    hf.dtype = model.embed.weight.dtype
+    hf.save_pretrained(folder)
+    save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    GenerationConfig(eos_token_id=sorted(eos) or None).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,13 +1,12 @@
-"""The GPT: cache, padding, causality, prefix, sampling, limits, and parity with transformers' Llama, Qwen3 and GPT-2."""
+"""The GPT: cache, padding, causality, prefix, sampling, limits. Parity with transformers is in test_weights.py."""
 
 import copy
 
 import pytest
 import torch
-import transformers
 
 from conftest import tiny_gpt
-from model import GPT, GPTConfig, KVCache, pad_right, rotary_frequencies, sample
+from model import GPTConfig, KVCache, pad_right, rotary_frequencies, sample
 
 VARIANTS = {
     "modern": {},
@@ -194,61 +193,8 @@ def test_refusals():
         model(random_ids(3))
 
 
-# ---------------------------------------------------------------- an independent oracle: transformers' models
-NAMES = {"embed_tokens": "embed", "lm_head": "head", "model.norm": "norm", "layers": "blocks", "self_attn": "attention", "q_proj": "q", "k_proj": "k",
-         "v_proj": "v", "o_proj": "out", "input_layernorm": "norm1", "post_attention_layernorm": "norm2", "gate_proj": "gate", "up_proj": "up",
-         "down_proj": "down"}
+# ----------------------------------------------------------------------------------------- rotary positions
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-
-
-@pytest.mark.parametrize("family, changes", [
-    ("Llama", {}), ("Llama", dict(rope_scaling=LLAMA3)), ("Llama", dict(tied=False, qkv_bias=True, out_bias=True)), ("Qwen3", dict(qk_norm=True)),
-])
-def test_llama_and_qwen_logits_equal_transformers(family, changes):
-    torch.manual_seed(0)
-    scaling = changes.get("rope_scaling") or {"rope_type": "default"}
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6, intermediate_size=20,
-        max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=changes.get("tied", True), attention_bias=changes.get("qkv_bias", False),
-        rope_parameters=scaling | {"rope_theta": 500.0})
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
-    for parameter in theirs.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    mine = GPT(GPTConfig(23, 2, 16, 4, 2, 6, 20, 64, rope_theta=500.0, **changes)).double()
-    state = {}
-    for name, tensor in theirs.state_dict().items():
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
-        state[name.removeprefix("model.")] = tensor
-    mine.load_state_dict(state)
-    ids = random_ids(2, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(mine(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_gpt2_logits_equal_transformers():
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=23, n_positions=64, n_embd=16, n_layer=2, n_head=4)).double().eval()
-    for parameter in theirs.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
-    mine = GPT(GPTConfig(23, 2, 16, 4, 4, 4, 64, 64, norm="layer", positions="learned", mlp="gelu_tanh", qkv_bias=True, out_bias=True, mlp_bias=True)).double()
-    state = theirs.state_dict()
-    for block, i in ((mine.blocks[i], i) for i in range(2)):
-        h = f"transformer.h.{i}."
-        for ours, name in [(block.norm1, "ln_1"), (block.norm2, "ln_2")]:
-            ours.weight.data, ours.bias.data = state[h + name + ".weight"], state[h + name + ".bias"]
-        qkv_w, qkv_b = state[h + "attn.c_attn.weight"].T.chunk(3), state[h + "attn.c_attn.bias"].chunk(3)
-        pairs = list(zip((block.attention.q, block.attention.k, block.attention.v), qkv_w, qkv_b))
-        pairs += [(ours, state[h + name + ".weight"].T, state[h + name + ".bias"])
-                  for ours, name in [(block.attention.out, "attn.c_proj"), (block.mlp.up, "mlp.c_fc"), (block.mlp.down, "mlp.c_proj")]]
-        for ours, weight, bias in pairs:
-            ours.weight.data, ours.bias.data = weight.contiguous(), bias
-    mine.embed.weight.data, mine.embed_position.weight.data = state["transformer.wte.weight"], state["transformer.wpe.weight"]
-    mine.head.weight = mine.embed.weight
-    mine.norm.weight.data, mine.norm.bias.data = state["transformer.ln_f.weight"], state["transformer.ln_f.bias"]
-    ids = random_ids(2, 40)
-    with torch.no_grad():
-        close(mine(ids), theirs(ids).logits)
 
 
 def test_bf16_weights_keep_exact_rotary_angles():
