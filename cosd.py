@@ -63,7 +63,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     −inf       a token the student cannot say (Q = 0) but the teacher does: +inf. Both −inf: contributes 0.
     Source     the loss of SDFT's code, arXiv:2601.19897; "KL-based divergences" in GKD, arXiv:2306.13649.
 
-    The lecture's example, teacher P = (mat .7, floor .2, chair .1), student Q = (.5, .3, .2):
+    The lecture's example, teacher P = (mat .7, floor .2, chair .1), student Q = (.5, .3, .2), as forward_kl(Q.log(), P.log()):
       .7 log(.7/.5) + .2 log(.2/.3) + .1 log(.1/.2) = .2355 − .0811 − .0693 = .0851 nats
     """
     log_q, log_p = log_softmax_pair(student_logits, teacher_logits)
@@ -335,7 +335,7 @@ def token_loss(objective: str | Callable, student_logits: Tensor, teacher_logits
 
 
 def cosd_step(
-    student: GPT, teacher: Teacher | None, batch: Batch, objective: str | Callable[[Tensor, Tensor], Tensor] = "reverse_kl", *,
+    student: GPT, teacher: Teacher | None, batch: Batch, objective: str | Callable[[Tensor, Tensor], Tensor] = "forward_kl", *,
     eos: Collection[int], max_new_tokens: int, temperature: float = 1.0, generator: torch.Generator | None = None,
     reduction: str = "token", skip: int = 0, weight: float = 1.0, micro_batch: int | None = None, chunk: int | None = None,
     autocast: Callable = nullcontext, backward: Callable[[Tensor], None] = Tensor.backward,
@@ -343,7 +343,8 @@ def cosd_step(
     """One step without the optimizer: rollout -> score -> divergence -> weighted sum -> backward. Returns what to log.
 
     `objective` as in `token_loss`. A batch that brings its completions makes the step off-policy: the expert's (SFT, GKD's
-    1−λ) or the teacher's own (context distillation). `chunk` bounds the rows of logits held at once (divergences only).
+    1−λ) or the teacher's own (context distillation); otherwise the rollout is left in `batch`, so take a new one for the
+    next step. `chunk` bounds the rows of logits held at once (divergences only).
     """
     # 1. Rollout: the student answers x, without C, at temperature T.
     if batch.completion is None:
@@ -359,7 +360,7 @@ def cosd_step(
             h_s = completion_states(student, part.prompts, part.completion, part.mask)                          # (n, D)
             h_t = teacher.states(part.teacher_prompts, part.completion, part.mask) if teacher else None         # (n, D)
             # 3. A divergence per token, summed under weights that add up to one over the whole batch.
-            if chunk and objective not in ("cross_entropy", "policy_gradient"):
+            if chunk and (callable(objective) or objective in DIVERGENCES):
                 divergence = DIVERGENCES.get(objective, objective)
                 loss, d = chunked_divergence(h_s, student.head.weight, h_t, teacher.model.head.weight, divergence, w, chunk)
             else:

@@ -207,15 +207,18 @@ def load(path: Path, identity: dict) -> dict:
     """A checkpoint of exactly this configuration, or one clear line. Never unpickles code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = dict(state["identity"])
+        theirs = {**state["identity"]}
     except Exception as error:                                         # torch.load has no one error for a damaged file
         raise BadInput(f"{path} is not a checkpoint of this program, or is damaged ({type(error).__name__}): "
                        "delete it, or choose another --out") from None
-    differs = [k for k in identity | theirs if theirs.get(k) != identity.get(k)]
-    if differs:
-        told = ", ".join(f"{k} ({theirs.get(k)!r} there, {identity.get(k)!r} here)" for k in differs)
-        raise BadInput(f"{path} comes from another configuration: {told}; run without --resume, or choose another --out")
+    demand_same(path, theirs, identity)
     return state
+
+
+def demand_same(path: Path, theirs: dict, ours: dict) -> None:
+    if differs := [k for k in ours | theirs if theirs.get(k) != ours.get(k)]:
+        told = ", ".join(f"{k} ({theirs.get(k)!r} there, {ours.get(k)!r} here)" for k in differs)
+        raise BadInput(f"{path} comes from another configuration: {told}; run without --resume, or choose another --out")
 
 
 def optimize(
@@ -436,7 +439,8 @@ def sample_text(student: GPT, teacher: Teacher, examples: list[Example], cfg: Co
     return text
 
 
-NOT_IDENTITY = ("out", "bases", "resume", "seeds", "device", "save_every")             # these do not change a run's result
+# These do not change a run's result, or by rounding only.
+NOT_IDENTITY = ("out", "bases", "resume", "seeds", "device", "save_every", "micro_batch", "chunk")
 
 
 def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dtype: torch.dtype, autocast: Callable) -> dict:
@@ -448,9 +452,9 @@ def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dty
     identity = {k: v for k, v in asdict(cfg).items() if k not in NOT_IDENTITY} | {"base": fingerprint}
     if cfg.resume and result_file.exists():
         result = json.loads(result_file.read_text())                   # written whole or not at all
-        if result.get("config") == identity:
-            print(f"{label}: complete, taken from {result_file}")
-            return result
+        demand_same(result_file, result.get("config", {}), identity)
+        print(f"{label}: complete, taken from {result_file}")
+        return result
     result_file.unlink(missing_ok=True)
     write(folder / "config.json", json.dumps(identity, indent=1).encode())
 
@@ -459,7 +463,8 @@ def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dty
     heldout = [TASKS[context](rng, heldout=True) for _ in range(cfg.eval_size)]
     probes = contexts.probes(seeded(cfg.seed, context, "probes"), context, cfg.eval_size)
     one_context = context in ("specification", "instructions")         # the same C for all prompts: it is read once
-    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, shared=render(heldout[0].context, "")[:-1] if one_context else ())
+    shared = render(heldout[0].context, "")[:-1] if one_context else ()            # [SYSTEM, C, USER]
+    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, shared)
     anchor_teacher = teacher if cfg.teacher == "frozen" else Teacher(base, "frozen")
 
     # Pre-flight: the teacher is the ceiling. If it does not beat the student there is nothing to distil.
@@ -634,8 +639,8 @@ def main(argv: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        print("\ntrain.py: error: out of memory: lower --micro-batch or --chunk (the result stays the same), --batch or --d-model",
-              file=sys.stderr)
+        print("\ntrain.py: error: out of memory: set --micro-batch 16, then --chunk 32 (the result stays the same); "
+              "or lower --batch, --d-model", file=sys.stderr)
         return 2
 
 

@@ -30,6 +30,13 @@ def test_every_train_command_parses(command):
     assert parse(shlex.split(command)[2:])
 
 
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(code, {})
+    assert "'kl':" in capsys.readouterr().out
+
+
 def test_every_flag_named_in_the_text_exists():
     flags = set(re.findall(r"`(--[a-z-]+)", README))
     assert len(flags) > 8 and all(flag[2:].replace("-", "_") in {f.name for f in fields(Config)} for flag in flags), flags

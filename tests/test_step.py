@@ -208,8 +208,9 @@ def test_weight_scales_loss_and_gradient_but_not_the_divergence():
 
 
 def test_unknown_objective():
-    with pytest.raises(ValueError, match="'kl' is not supported; choose from forward_kl, reverse_kl, jsd, policy_gradient, cross_entropy"):
-        step(*two_models(), batch(), "kl")
+    for chunk in (None, 2):
+        with pytest.raises(ValueError, match="'kl' is not supported; choose from forward_kl, reverse_kl, jsd, policy_gradient, cross_entropy"):
+            step(*two_models(), batch(), "kl", chunk=chunk)
 
 
 def test_diagnostics_are_means_over_tokens():

@@ -228,6 +228,17 @@ def test_resume_takes_finished_runs_as_they_are(reference, capsys):
     assert (out / "instructions-cosd-seed0" / "checkpoint.pt").stat().st_mtime_ns == stamp
 
 
+def test_a_refused_resume_destroys_nothing(out, capsys):
+    flags = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--device", "cpu", "--out", str(out), "--resume"]
+    assert main(flags) == 0
+    run = out / "instructions-cosd-seed0"
+    before = {f.name: f.read_bytes() for f in run.iterdir()}
+    assert main([*flags, "--divergence", "jsd"]) == 2
+    assert "result.json comes from another configuration: divergence ('forward_kl' there, 'jsd' here)" in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in run.iterdir()} == before
+    assert main([*flags, "--micro-batch", "2", "--chunk", "4"]) == 0                               # these change no result
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     path = tmp_path / "checkpoint.pt"
     train.save(path, {"identity": {}, "step": 1})
@@ -278,7 +289,7 @@ def test_non_finite_loss_or_gradient_stops_and_keeps_the_last_good_checkpoint(ou
     (["--divergence", "policy_gradient", "--method", "offline"], "needs the student's own samples"),
     (["--divergence", "policy_gradient", "--temperature", "0.5"], "needs the student's own samples"),
     (["--device", "meta"], "choose from auto, cpu, cuda, mps"),
-    (["--d-model", "40000000"], "out of memory: lower --micro-batch"),
+    (["--d-model", "40000000"], "out of memory: set --micro-batch 16"),
     (["--beta", "1"], "use --divergence forward_kl or reverse_kl"),
     (["--d-model", "130"], "--d_model 130 / --n_head 4 must be an even whole number"),
     (["--divergence", "policy_gradient", "--top-k", "5"], "--top_k and --chunk do not apply"),
