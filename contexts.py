@@ -12,19 +12,31 @@ C part of the time, so the base is, by construction, what the theory says:
   C instructions     style polite loud                    lid reverse          certainly DIL                      a manner
   D privileged       solution dil ild                     lid reverse rotate   dil ild                            care
 
-One list of tasks, one `render`, one `grade`: nothing here knows about gradients. Every draw takes a `random.Random`.
-Left out: your own files as context, and other tokenizers.
+Sections 1–3 are this world. Sections 4 and 5 do the same for your own model and files: its tokenizer and chat template, prompts
+from JSON lines, a context from a text or a list of chat turns, `TEMPLATES` that show it to the teacher, scores. Both end
+in a `Task`, which is all that train.py sees; nothing here knows about gradients. Every draw takes a `random.Random`.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import random
 import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import partial
+from pathlib import Path
 
 import tiktoken
+
+
+class BadInput(ValueError):
+    """Something the user can mend: one line, exit code 2."""
+
 
 # ================================================================================================ 1. the world
 CONSONANTS, VOWELS = "bdhlmnprstvz", "aeiou"
@@ -101,10 +113,11 @@ class Example:
     """One draw of p(C, x, y), with what a human expert would have written down for SFT."""
 
     kind: str
-    context: str | None                                                              # C
-    prompt: str                                                                      # x
-    answer: str                                                                      # y, in the model's own manner
-    expert: str                                                                      # SFT's target: y in the expert's manner
+    context: str | list | None                       # C; from files: the teacher's whole chat as turns, x inside
+    prompt: str | list                               # x; from files also chat turns
+    answer: str                                      # y, in the model's own manner
+    expert: str                                      # SFT's target: y in the expert's manner
+    row: dict = field(default_factory=dict)          # from files: the line as it was read
 
 
 def draw_word(rng: random.Random, heldout: bool | None = None) -> str:
@@ -246,3 +259,377 @@ def grade(example: Example, text: str) -> dict[str, float]:
     if example.kind == "specification" and not example.answer.endswith("sorry"):
         grades["over_refusal"] = float(text.endswith("sorry"))
     return grades
+
+
+# =========================================================================================== 4. what train.py sees
+@dataclass(frozen=True)
+class Chat:
+    """How text becomes a model's tokens and back."""
+
+    render: Callable[..., list[int]]                 # (context or None, prompt) -> ids, ending with the assistant header
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    end: int                                         # closes a written answer
+    ends: frozenset[int]                             # each of them closes a sampled one
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be compiled into the weights, from the world or from files: draws, held-out examples, grades."""
+
+    kind: str
+    chat: Chat
+    draw: Callable[[random.Random], Example]
+    draw_anchor: Callable[[random.Random], Example] | None
+    heldout: list[Example]
+    probes: dict[str, list[Example]]                 # what must survive
+    grade: Callable[[Example, str], dict[str, float]]
+    shared: list[int]                                # the first tokens of every teacher prompt: read once
+
+
+WORLD_CHAT = Chat(render, encode, decode, END, frozenset({END}))
+
+
+def world_task(kind: str, heldout_rng: random.Random, probes_rng: random.Random, size: int) -> Task:
+    """One of the four tasks of the built-in world."""
+    heldout = [TASKS[kind](heldout_rng, heldout=True) for _ in range(size)]
+    one_context = kind in ("specification", "instructions")
+    shared = render(heldout[0].context, "")[:-1] if one_context else []              # [SYSTEM, C, USER]
+    return Task(kind, WORLD_CHAT, TASKS[kind], partial(draw_anchor, task=kind), heldout,
+                probes(probes_rng, kind, size), grade, shared)
+
+
+# ==================================================================================== 5. your own model and files
+# How each type's context reaches the teacher; the student sees {prompt} alone. --template FILE puts another text in place.
+TEMPLATES = {
+    # A, SDFT's way (arXiv:2601.19897): the demonstration answers this very question. Becomes the user's turn.
+    "demonstrations": "{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
+                      "Now answer with a response of your own, including the thinking process.",
+    # B, deliberative alignment (arXiv:2412.16339): the specification, and to reason over it. Becomes the system turn.
+    "specification": "{context}\n\nBefore you answer, say which of these rules applies to the request, if any. Then act on it.",
+    # C, OPCD (arXiv:2602.12275): the instructions as they are. Becomes the system turn.
+    "instructions": "{context}",
+    # D, OPSD and π-Distill (arXiv:2602.04942): the solution, which the student will not have. Becomes the user's turn.
+    "privileged": "{prompt}\n\nThe verified solution is:\n{solution}\n\nNow work out the answer in your own words.",
+}
+TRACES = "Problems that were solved before, and how:\n\n{traces}\n\nUse what they teach."     # C from past solutions (OPCD)
+PLACEHOLDERS = {"demonstrations": ("prompt", "demonstration"), "specification": ("context",), "instructions": ("context",),
+                "privileged": ("prompt", "solution")}
+ROLES = ("system", "user", "assistant")
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """{name} -> its value, in one pass: braces inside the values stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
+
+
+# ------------------------------------------------------------------------------------------------- reading files
+def read_text(path: str) -> str:
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise BadInput(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
+    if not text.strip():
+        raise BadInput(f"{path}: the file is empty")
+    return text
+
+
+def read_turns(value: object, where: str, last: str | None = None) -> list[dict]:
+    """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and assistant in turn."""
+    if not isinstance(value, list) or not value:
+        raise BadInput(f"{where}: a chat is a non-empty JSON list of {{\"role\": ..., \"content\": ...}}")
+    for number, turn in enumerate(value, 1):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str) or not content.strip():
+            raise BadInput(f"{where}: turn {number} needs a \"role\" ({', '.join(ROLES)}) and a non-empty text as \"content\"")
+    roles = [turn["role"] for turn in value]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2):
+        raise BadInput(f"{where}: after an optional system turn, user and assistant must alternate, user first; not {', '.join(roles)}")
+    if last and roles[-1] != last:
+        raise BadInput(f"{where}: the last turn must be the {last}'s, not the {roles[-1]}'s")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def read_prompts(path: str) -> list[dict]:
+    """JSON lines: `prompt` (a text or chat turns), and where needed `demonstration`, `solution`, `answer`, `context`."""
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{where}: each line must be a JSON object with a \"prompt\", not {type(row).__name__}")
+        if "prompt" not in row:
+            raise BadInput(f"{where}: no \"prompt\"; the line has {', '.join(row) or 'no field at all'}")
+        for name in ("prompt", "demonstration", "solution", "answer", "context"):
+            turns = name in ("prompt", "context") and isinstance(row.get(name), list)
+            if turns:
+                row[name] = read_turns(row[name], f"{where}: \"{name}\"", last="user" if name == "prompt" else None)
+            elif name in row and not isinstance(row[name], str):
+                raise BadInput(f"{where}: \"{name}\" must be text{' or chat turns' if name in ('prompt', 'context') else ''}, "
+                               f"not {type(row[name]).__name__}")
+            elif name in row and not row[name].strip():
+                raise BadInput(f"{where}: \"{name}\" is empty")
+        rows.append(row | {"where": where})
+    return rows
+
+
+def read_context(path: str) -> list[dict]:
+    """A text or Markdown file: one system turn. JSON: chat turns (an optional system turn, then examples). JSON lines: past
+    problems with their solutions, as one system turn."""
+    if path.endswith(".jsonl"):
+        solved = [(row, row.get("solution") or row.get("demonstration") or row.get("answer")) for row in read_prompts(path)]
+        for row, solution in solved:
+            if not solution or not isinstance(row["prompt"], str):
+                raise BadInput(f"{row['where']}: a past problem needs a \"prompt\" in text and a \"solution\"")
+        traces = "\n\n".join(f"Problem: {row['prompt']}\nSolution: {solution}" for row, solution in solved)
+        return [{"role": "system", "content": fill(TRACES, {"traces": traces})}]
+    text = read_text(path)
+    if not path.endswith(".json"):
+        return [{"role": "system", "content": text.strip()}]
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    turns = read_turns(value, path)
+    if turns[-1]["role"] == "user":
+        raise BadInput(f"{path}: a context ends with the assistant's turn: the prompt is the next user turn")
+    return turns
+
+
+# ------------------------------------------------------------------------------------------ tokenizer and chat format
+def plain_chat(turns: list[dict]) -> str:
+    """For models without a chat template: Question: ... Answer: ..., blank lines between."""
+    labels = {"system": "", "user": "Question: ", "assistant": "Answer: "}
+    return "\n\n".join(labels[turn["role"]] + turn["content"] for turn in turns) + "\n\nAnswer:"
+
+
+def open_chat(name: str, vocab_size: int, gpt2: bool = False) -> Chat:
+    """The checkpoint's own tokenizer and chat template; GPT-2's own files through tiktoken. Every end token of its
+    generation config closes an answer."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer, GenerationConfig
+    from transformers.utils import cached_file
+
+    find = partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
+    files = [find(file) for file in ("merges.txt", "vocab.json")] if gpt2 else [None]
+    if all(files):
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        end, template = json.loads(Path(files[1]).read_text())["<|endoftext|>"], None
+        encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=data_gym_to_mergeable_bpe_ranks(*files),
+                                     special_tokens={"<|endoftext|>": end})
+        encode, decode, size = partial(encoding.encode, disallowed_special=()), encoding.decode, encoding.n_vocab
+        open_ids = encode
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{name}: no tokenizer that transformers can load: {str(error).strip().splitlines()[0]}") from None
+        end, template, size = tokenizer.eos_token_id, tokenizer.chat_template, max(tokenizer.get_vocab().values()) + 1
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        open_ids = tokenizer.encode                                                  # with the begin token, if it has one
+    if size > vocab_size or size < 0.9 * vocab_size:                                 # padded embeddings are normal, a little
+        raise BadInput(f"{name}: the tokenizer has {size} tokens, the weights have {vocab_size}: they do not belong together")
+    try:
+        listed = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        listed = None
+    ends = frozenset({*(listed if isinstance(listed, list) else [listed]), end} - {None})
+    if not ends:
+        raise BadInput(f"{name}: neither tokenizer nor generation config names an end-of-text token")
+
+    def render(context: list | None, prompt: str | list) -> list[int]:
+        turns = context or (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
+        if template is None:
+            return open_ids(plain_chat(turns))
+        try:
+            return tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        except TemplateError as error:
+            raise BadInput(f"{name}: its chat template refuses this chat ({str(error).splitlines()[0]}); where it has no system role, "
+                           "give the context as user and assistant turns (a JSON file)") from None
+
+    def check(turns: list[dict]) -> None:
+        """Some templates drop the system turn without a word: then the teacher would not see C."""
+        text = "" if template is None else tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        for turn in turns if template is not None else ():
+            if turn["content"].strip() not in text:
+                raise BadInput(f"{name}: its chat template drops a {turn['role']} turn; "
+                               "give the context as user and assistant turns (a JSON file)")
+
+    def render_checked(context: list | None, prompt: str | list) -> list[int]:
+        ids = render(context, prompt)
+        if context:
+            check(context)
+        return ids
+
+    written = (lambda text: encode(" " + text)) if template is None else encode      # "Answer:" and then a space
+    return Chat(render_checked, written, decode, end if end is not None else min(ends), ends)
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+def final_number(text: str) -> Decimal | None:
+    """The last number in a text, as GSM8K is graded: "... so 1,234.50 in all." -> 1234.5"""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+def make_scorer(spec: str, rows: list[dict]) -> Callable[[str, dict], float] | None:
+    """--score -> f(answer's text, the line as read) -> score, or None where KL and samples have to do.
+
+    exact     the answer, white space at the ends apart       contains  the answer occurs, in whatever case
+    regex     the answer, a pattern, is found                 number    the last numbers of the two are equal
+    contains:TEXT and regex:PATTERN ask the same of every prompt. path.py:function is your own Python, and is run.
+    """
+    name, colon, argument = spec.partition(":")
+    if spec == "none":
+        return None
+    if name not in ("exact", "contains", "regex", "number"):
+        return own_scorer(spec)
+    if name in ("exact", "number") and colon:
+        raise BadInput(f"--score {spec}: {name} compares with each line's \"answer\" and takes nothing after the colon")
+    wanted = lambda row: argument or row["answer"]
+    for row in rows:
+        if not argument and "answer" not in row:
+            raise BadInput(f"{row['where']}: --score {name} needs an \"answer\"")
+        if name == "number" and final_number(row["answer"]) is None:
+            raise BadInput(f"{row['where']}: --score number, but there is no number in the \"answer\"")
+        if name == "regex":
+            try:
+                re.compile(wanted(row))
+            except re.error as error:
+                raise BadInput(f"{row['where']}: not a regular expression: {error}") from None
+    return {
+        "exact": lambda text, row: float(text.strip() == row["answer"].strip()),
+        "contains": lambda text, row: float(wanted(row).lower() in text.lower()),
+        "regex": lambda text, row: float(bool(re.search(wanted(row), text))),
+        "number": lambda text, row: float(final_number(text) == final_number(row["answer"])),
+    }[name]
+
+
+def own_scorer(spec: str) -> Callable[[str, dict], float]:
+    path, colon, function = spec.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise BadInput(f"--score {spec!r}: choose from none, exact, contains, regex, number, contains:TEXT, regex:PATTERN, path.py:function")
+    if not Path(path).is_file():
+        raise BadInput(f"--score {spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:                                                       # the user's code: anything may come
+        raise BadInput(f"--score {spec}: {path} fails when it is loaded: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise BadInput(f"--score {spec}: {path} has no function {function}")
+
+    def score(text: str, row: dict) -> float:
+        try:
+            return float(getattr(module, function)(text, row))
+        except Exception as error:
+            raise BadInput(f"--score {spec}: {function}({text!r}, ...) fails for {row.get('where')}: {type(error).__name__}: {error}") from error
+
+    return score
+
+
+# ------------------------------------------------------------------------------------------------------- the task
+def teacher_turns(row: dict, context: list[dict], template: str | None, shots: list[dict]) -> list[dict]:
+    """The teacher's whole chat: system turn, example turns, shots, and the prompt itself, each type by its template."""
+    own = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    context = [{"role": "system", "content": row["context"]}] if isinstance(row.get("context"), str) else row.get("context", context)
+    system = [turn["content"] for turn in (*context[:1], *own[:1]) if turn["role"] == "system"]
+    context, own = ([turn for turn in turns if turn["role"] != "system"] for turns in (context, own))
+    if template and "{context}" in template and system:
+        system[0] = fill(template, {"context": system[0]})
+    turns = [{"role": "system", "content": "\n\n".join(system)}] if system else []
+    turns += context
+    dressed = lambda prompt, row: fill(template, {
+        "prompt": prompt, "demonstration": row.get("demonstration") or row.get("answer", ""),
+        "solution": row.get("solution") or row.get("answer", "")}) if template and "{prompt}" in template else prompt
+    for shot in shots:
+        turns += [{"role": "user", "content": dressed(shot["prompt"], shot)}, {"role": "assistant", "content": expert(shot)}]
+    return [*turns, *own[:-1], {"role": "user", "content": dressed(own[-1]["content"], row)}]
+
+
+def expert(row: dict) -> str:
+    """What the data holds up as an answer: SFT's target and the answer shown in a shot."""
+    return row.get("demonstration") or row.get("solution") or row.get("answer") or ""
+
+
+def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
+    """A task from the user's files; `cfg` is train.Config. Everything that can be wrong with them is found here, before
+    any weight is loaded."""
+    kind, rows = cfg.context, read_prompts(cfg.prompts)
+    heldout = read_prompts(cfg.heldout) if cfg.heldout else rows[7::8]
+    if not cfg.heldout:
+        rows = [row for i, row in enumerate(rows) if i % 8 != 7]                     # every eighth line is held out
+    if not heldout:
+        raise BadInput(f"{cfg.prompts}: {len(rows)} prompts are too few to hold out every eighth; add some, or give --heldout FILE")
+    key = lambda row: json.dumps(row["prompt"])
+    known = {key(row): row for row in rows}
+    if twice := [row for row in heldout if key(row) in known]:
+        print(f"warning: {len(twice)} held-out prompts are also trained on, the first at {twice[0]['where']} and "
+              f"{known[key(twice[0])]['where']}: their scores say nothing about new prompts", file=sys.stderr)
+
+    # What shows C to the teacher: a context file, shots drawn from the training lines, a template around the prompt.
+    context = read_context(cfg.context_file) if cfg.context_file else []
+    pooled = kind == "demonstrations" and cfg.demonstrations == "pool"
+    shots = cfg.shots if cfg.shots is not None else 4 if pooled else 0
+    template = None if pooled else read_text(cfg.template) if cfg.template else TEMPLATES[kind]
+    if pooled and cfg.template:
+        raise BadInput("--template is not used with --demonstrations pool, whose demonstrations are chat turns")
+    for name in PLACEHOLDERS[kind] if template else ():
+        if f"{{{name}}}" not in template:
+            raise BadInput(f"{cfg.template}: a template for {kind} needs {{{name}}}")
+    pool = [row for row in rows if expert(row) and isinstance(row["prompt"], str)]
+    if shots >= max(1, len(pool)):
+        raise BadInput(f"{cfg.prompts}: --shots {shots} needs more than {shots} lines with a \"demonstration\", \"solution\" or "
+                       f"\"answer\" and a prompt in text; there are {len(pool)}")
+    for row in rows + heldout:
+        if not pooled and kind == "demonstrations" and not (row.get("demonstration") or row.get("answer")):
+            raise BadInput(f"{row['where']}: --demonstrations own needs a \"demonstration\" in every line")
+        if kind == "privileged" and not (row.get("solution") or row.get("answer")):
+            raise BadInput(f"{row['where']}: the context of type privileged is each line's \"solution\" or \"answer\"; it has neither")
+        if kind in ("specification", "instructions") and not context and not row.get("context") and not shots:
+            raise BadInput(f"{row['where']}: no context: give --context-file, or a \"context\" in every line")
+    if cfg.method in ("all", "sft", "gkd") and (without := [row for row in rows if not expert(row)]):
+        raise BadInput(f"{without[0]['where']}: --method {cfg.method} needs something to imitate in every line, "
+                       "a \"demonstration\", \"solution\" or \"answer\"; --method cosd does not")
+
+    def example(row: dict, shown: list[dict]) -> Example:
+        return Example(kind, teacher_turns(row, context, template, shown), row["prompt"],
+                       row.get("answer") or expert(row), expert(row), row)
+
+    def draw_shots(rng: random.Random, row: dict) -> list[dict]:                     # never the prompt's own
+        return rng.sample([other for other in pool if other["prompt"] != row["prompt"]], shots)
+
+    def draw(rng: random.Random) -> Example:
+        row = rng.choice(rows)
+        return example(row, draw_shots(rng, row))
+
+    anchors = read_prompts(cfg.anchor_file) if cfg.anchor_file else []
+    plain = [Example("anchor", teacher_turns(row, [], None, []), row["prompt"], "", "", row) for row in anchors]
+    longest = sorted(pool, key=lambda row: -len(row["prompt"] + expert(row)))[:shots]
+    worst = [example(row, longest) for row in rows + heldout]
+    for e in (*worst, *plain):
+        for who, ids in (("the prompt", chat.render(None, e.prompt)), ("prompt with context", chat.render(e.context, e.prompt))):
+            if (needed := len(ids) + cfg.max_new_tokens) > max_len:
+                raise BadInput(f"{e.row['where']}: {who} ({len(ids)} tokens) and {cfg.max_new_tokens} new tokens exceed the model's "
+                               f"{max_len} positions by {needed - max_len}: shorten the context, or lower --max_new_tokens")
+    scorer = make_scorer(cfg.score, heldout)
+    rng = random.Random("held-out shots")
+    shown = [example(row, draw_shots(rng, row)) for row in heldout + rows]
+    teacher_prompts = [chat.render(e.context, e.prompt) for e in shown]
+    shared = os.path.commonprefix(teacher_prompts)[: min(map(len, teacher_prompts)) - 1]
+    return Task(
+        kind, chat, draw, (lambda rng: rng.choice(plain)) if plain else None,
+        shown[: min(size, len(heldout))], {"anchors": plain[:size]} if plain else {},
+        lambda e, text: {"score": scorer(text, e.row)} if scorer else {}, shared)

@@ -21,17 +21,16 @@ Dimension key
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, KVCache, evaluating, pad_right
+from model import GPT, KVCache, adapters_off, evaluating, merged_copy, merged_weights, pad_right
 
 
 # ==================================================================================== 1. exact divergences
@@ -228,37 +227,54 @@ def chunked_divergence(
 class Teacher:
     """The model that scores: p(· | x, C), never given a gradient.
 
-    frozen   a copy of the student as it was at the start
-    ema      a copy that follows: θ_T <- (1−rate) θ_T + rate θ after every step (SDFT: rate .01–.05)
+    frozen   the student as it was at the start: a copy (in `dtype`), or, where the student has adapters, the student
+             itself with adapters switched off: no second copy of the weights
+    ema      a copy that follows: θ_T <- (1−rate) θ_T + rate θ after every step (SDFT: rate .01–.05). With adapters θ is
+             the product W + (α/r) B A: the mean of the factors would be another matrix
     live     the student itself, stop-gradient (tends to diverge: teacher and student chase each other)
 
     `shared` are the first tokens of all teacher prompts: the context, where it is one for all (types B and C). A frozen
     teacher reads it once for the whole run, so the cost of a step does not grow with |C|; the others once per step.
     """
 
-    def __init__(self, student: GPT, kind: str = "frozen", ema_rate: float = 0.02, shared: Sequence[int] = ()):
+    def __init__(
+        self, student: GPT, kind: str = "frozen", ema_rate: float = 0.02, shared: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+    ):
         if kind not in ("frozen", "ema", "live"):
             raise ValueError(f"teacher kind {kind!r} is not supported; choose from frozen, ema, live")
         self.kind, self.ema_rate, self.shared = kind, ema_rate, list(shared)
-        self.model = student if kind == "live" else copy.deepcopy(student).requires_grad_(False)
         self.prefix: KVCache | None = None
+        adapted = any(name.endswith(".A") for name, _ in student.named_parameters())
+        self.without_adapters = adapted and kind == "frozen"
+        if kind == "live" or self.without_adapters:
+            self.model = student
+            return
+        self.model = merged_copy(student, dtype if kind == "frozen" else None).requires_grad_(False)
+
+    @contextmanager
+    def role(self) -> Iterator[GPT]:
+        """`with teacher.role() as model`: the teacher's weights, dropout off."""
+        with evaluating(self.model), adapters_off(self.model) if self.without_adapters else nullcontext():
+            yield self.model
 
     @torch.no_grad()
     def states(self, prompts: Sequence[Sequence[int]], completion: Tensor, mask: Tensor) -> Tensor:
         """As `completion_states`, (n, D), with the shared context's keys and values taken from the cache."""
         cut = len(self.shared)
-        with evaluating(self.model):
+        with self.role() as model:
             if not cut or any(p[:cut] != self.shared or len(p) == cut for p in prompts):
-                return completion_states(self.model, prompts, completion, mask)
-            self.prefix = self.prefix or self.model.read(self.shared)
-            return completion_states(self.model, [p[cut:] for p in prompts], completion, mask, self.prefix)
+                return completion_states(model, prompts, completion, mask)
+            self.prefix = self.prefix or model.read(self.shared)
+            return completion_states(model, [p[cut:] for p in prompts], completion, mask, self.prefix)
 
     @torch.no_grad()
     def update(self, student: GPT) -> None:
         """Call after every optimizer step."""
         if self.kind == "ema":
-            for mine, theirs in zip(self.model.parameters(), student.parameters()):
-                mine.lerp_(theirs, self.ema_rate)
+            mine = dict(self.model.named_parameters())
+            for name, theirs in merged_weights(student):
+                mine[name].lerp_(theirs, self.ema_rate)
         if self.kind != "frozen":
             self.prefix = None                                         # its weights have moved: read the context again
 

@@ -5,16 +5,18 @@ family (RMSNorm, rotary positions, SwiGLU, grouped-query heads, q/k norm): each 
 `GPTConfig`. What the config cannot represent is refused by name, never approximated. Their weights come in from
 safetensors and go out again, exactly. Left out: mixture of experts, sliding windows, quantization, several devices.
 
-Three ideas carry the file:
+Four ideas carry the file:
   hidden, then project   `hidden` gives (B, T, D); only the positions that need a prediction go through `head`.
   slot = position        The KV cache keeps the token at position p in slot p. Prompts of different lengths are
                          padded on the right; a pad sits in a slot that no query may see until a real
                          token has overwritten it. No position ids, no padding mask.
   shared prefix          A context that all rows share is read once, as one row, and never copied per row.
+  adapters               LoRA is two more factors in a `Linear`; switched off, the model is the base it started from.
 
 Dimension key
   B batch   T tokens in this call   S cache slots   P tokens of the shared prefix   V vocabulary
   D model width   F MLP width   H query heads   K key/value heads   G = H/K query heads per key head   E head width
+  r rank of the adapters
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ------------------------------------------------------------------------------------------------ config
@@ -182,14 +185,34 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
     return kind(width, eps=config.norm_eps)
 
 
+class Linear(nn.Linear):
+    """y = W x + b, and with adapters (LoRA, arXiv:2106.09685) + (α/r) B A x: see `add_adapters`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_parameter("A", None)                             # (r, in)
+        self.register_parameter("B", None)                             # (out, r)
+        self.scale, self.adapting = 0.0, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.A is None or not self.adapting:
+            return y
+        return y + (self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
+
+    def merged(self) -> Tensor:
+        """W + (α/r) B A, in the weight's own dtype."""
+        return self.weight if self.A is None else (self.weight.float() + self.scale * self.B @ self.A).to(self.weight.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         D, E, self.n_head, self.n_kv_head = config.d_model, config.head_dim, config.n_head, config.n_kv_head
-        self.q = nn.Linear(D, self.n_head * E, bias=config.qkv_bias)
-        self.k = nn.Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
-        self.v = nn.Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
-        self.out = nn.Linear(self.n_head * E, D, bias=config.out_bias)
+        self.q = Linear(D, self.n_head * E, bias=config.qkv_bias)
+        self.k = Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
+        self.v = Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
+        self.out = Linear(self.n_head * E, D, bias=config.out_bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
         self.dropout = config.dropout
 
@@ -211,9 +234,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        wide = partial(nn.Linear, config.d_model, config.d_ff, bias=config.mlp_bias)
+        wide = partial(Linear, config.d_model, config.d_ff, bias=config.mlp_bias)
         self.gate = wide() if config.mlp == "swiglu" else None
-        self.up, self.down = wide(), nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.up, self.down = wide(), Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
         self.gelu = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,6 +267,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.checkpointing = False                                     # True: blocks are computed again in the backward pass
         self.frequencies = rotary_frequencies(config)                  # no buffer: `model.bfloat16()` must not round the angles
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:                                    # GPT-2's init: 0.02 at width 768, residuals less
@@ -293,7 +317,10 @@ class GPT(nn.Module):
             rope = angles.cos(), angles.sin()
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer, slots)
+            if self.checkpointing and torch.is_grad_enabled():         # decoding has no gradient: it keeps its cache
+                x = checkpoint(block, x, rope, cache, layer, slots, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, layer, slots)
         if cache:
             cache.length = cache.length + T
         return self.norm(x)
@@ -304,8 +331,12 @@ class GPT(nn.Module):
         return load_pretrained(name_or_folder, dtype)
 
     def save_pretrained(self, folder: str | os.PathLike, tokenizer=None, eos: Collection[int] = ()) -> None:
-        """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read."""
+        """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read; adapters are folded in."""
         save_pretrained(self, folder, tokenizer, eos)
+
+    def save_adapters(self, folder: str | os.PathLike, base: str = "") -> None:
+        """Write the adapters alone, as PEFT and vLLM read them; `base` is the name of the model that they belong to."""
+        save_adapters(self, folder, base)
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> KVCache:
@@ -325,13 +356,18 @@ class GPT(nn.Module):
 
         A row ends at its first token in `eos`; `mask` is True up to and including it, False after. Temperature 0 is
         greedy; then a row's tokens do not depend on the rest of the batch. Sampling is reproducible from `generator`.
-        With `prefix`, every prompt continues that shared context. Dropout is off.
+        With `prefix`, every prompt continues that shared context; without, what all prompts begin with (a system turn,
+        say) is found and read once. Dropout is off.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and a token in each")
         if max_new_tokens < 1 or temperature < 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
             raise ValueError("generate: max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1 are required, "
                              f"not {max_new_tokens}, {temperature}, {top_k}, {top_p}")
+        if prefix is None and len(prompts) > 1:
+            shared = os.path.commonprefix([list(p) for p in prompts])[: min(map(len, prompts)) - 1]
+            if len(shared) >= 16:                                      # fewer are not worth a pass of their own
+                prefix, prompts = self.read(shared), [p[len(shared) :] for p in prompts]
         device = self.device
         ids = pad_right(prompts).to(device)                            # (B, L)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -385,6 +421,64 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+# ------------------------------------------------------------------------------------------ adapters (LoRA)
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
+
+
+def add_adapters(model: GPT, rank: int, alpha: float, targets: Collection[str] = TARGETS) -> None:
+    """Freeze the model and train a rank-r change of the target matrices instead: W x + (α/r) B A x, in fp32.
+
+    A starts random and B at zero, so the model starts as itself; with `adapters_off` it is the base again, bit for
+    bit. That is why a frozen teacher needs no second copy of the weights.
+    """
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(f"adapter targets {', '.join(sorted(unknown))} do not exist; choose from {', '.join(TARGETS)}")
+    if rank < 1 or not targets:
+        raise ValueError(f"add_adapters: rank={rank} must be at least 1, with at least one target")
+    model.requires_grad_(False)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
+            layer.A = nn.Parameter(torch.empty(rank, layer.in_features, device=model.device))
+            layer.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=model.device))
+            layer.scale = alpha / rank
+            nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))          # the paper's code: uniform in ±1/√in
+
+
+@contextmanager
+def adapters_off(model: GPT) -> Iterator[None]:
+    """`with adapters_off(model)`: the base inside, the adapted model after."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    before = [layer.adapting for layer in layers]
+    for layer in layers:
+        layer.adapting = False
+    try:
+        yield
+    finally:
+        for layer, adapting in zip(layers, before):
+            layer.adapting = adapting
+
+
+def merged_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """The weights by name, adapters folded in, one at a time; a tied head comes once, as the embedding."""
+    for name, parameter in model.named_parameters():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not name.endswith((".A", ".B")):
+            yield name, layer.merged() if isinstance(layer, Linear) and name.endswith(".weight") else parameter
+
+
+@torch.no_grad()
+def merged_copy(model: GPT, dtype: torch.dtype | None = None) -> GPT:
+    """A second model with the same weights, adapters folded in, by default in the same dtype."""
+    with torch.device("meta"):
+        twin = GPT(model.config)
+    weights = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in merged_weights(model)}
+    twin.load_state_dict(weights, strict=not model.config.tied, assign=True)
+    if model.config.tied:
+        twin.head.weight = twin.embed.weight
+    twin.frequencies = model.frequencies
+    return twin.train(model.training)
 
 
 # ================================================================================= Hugging Face, in and out
@@ -479,6 +573,19 @@ def from_hugging_face(name: str, tensor: Tensor, gpt2: bool) -> Iterator[tuple[s
         yield name.replace(".qkv.", f".{part}."), piece
 
 
+def to_hugging_face(name: str, gpt2: bool) -> str:
+    for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items():
+        name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.)", rf"\g<1>{theirs}", name, count=1)
+    return name
+
+
+def read_config(name_or_folder: str | os.PathLike) -> GPTConfig:
+    """The shapes of a checkpoint, without its weights."""
+    from transformers import AutoConfig
+
+    return config_from_hugging_face(AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False))
+
+
 def load_pretrained(name_or_folder: str | os.PathLike, dtype: torch.dtype) -> GPT:
     """`GPT.from_pretrained`: weights from safetensors, one tensor at a time: no second copy, no pickles, no remote code."""
     from safetensors import safe_open
@@ -520,25 +627,43 @@ def save_pretrained(model: GPT, folder: str | os.PathLike, tokenizer, eos: Colle
     from transformers import GenerationConfig
 
     hf = config_to_hugging_face(model.config)
-    gpt2, state = hf.model_type == "gpt2", {}
-    for name, tensor in model.state_dict().items():
-        if name == "head.weight" and model.config.tied:
-            continue
+    gpt2, state, weights = hf.model_type == "gpt2", {}, dict(merged_weights(model))
+    for name, tensor in weights.items():
         if gpt2:
             for ours, theirs in [("attention.out.", "attn.c_proj."), ("mlp.up.", "mlp.c_fc."), ("mlp.down.", "mlp.c_proj.")]:
                 name = name.replace(ours, theirs)
             if re.search(r"attention\.[kv]\.", name):
                 continue                                               # stored with q
             if ".attention.q." in name:
-                tensor = torch.cat([model.state_dict()[name.replace(".q.", f".{part}.")] for part in "qkv"])
+                tensor = torch.cat([weights[name.replace(".q.", f".{part}.")] for part in "qkv"])
                 name = name.replace("attention.q.", "attn.c_attn.")
             tensor = tensor.T if tensor.dim() == 2 and ".c_" in name else tensor
-        for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items():
-            name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.)", rf"\g<1>{theirs}", name, count=1)
-        state[name] = tensor.contiguous()
+        state[to_hugging_face(name, gpt2)] = tensor.detach().contiguous()
     hf.dtype = model.embed.weight.dtype
     hf.save_pretrained(folder)
     save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
     GenerationConfig(eos_token_id=sorted(eos) or None).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def save_adapters(model: GPT, folder: str | os.PathLike, base: str) -> None:
+    """`GPT.save_adapters`: adapter_config.json and adapter_model.safetensors, in PEFT's format."""
+    from safetensors.torch import save_file
+
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer.A is not None}
+    if not adapted or config_to_hugging_face(model.config).model_type == "gpt2":
+        raise ValueError("no adapters to save" if not adapted else
+                         "GPT-2 holds q, k and v in one matrix, our adapters do not: save the merged model")
+    state, targets = {}, set()
+    for name, layer in adapted.items():
+        theirs = to_hugging_face(f"{name}.weight", gpt2=False).removesuffix(".weight")
+        targets.add(theirs.rpartition(".")[2])
+        for factor in "AB":
+            state[f"base_model.model.{theirs}.lora_{factor}.weight"] = getattr(layer, factor).detach().contiguous()
+    rank = len(layer.A)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_dropout": 0.0,
+              "lora_alpha": layer.scale * rank, "target_modules": sorted(targets), "bias": "none", "inference_mode": True}
+    os.makedirs(folder, exist_ok=True)
+    save_file(state, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
+    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=1))

@@ -1,8 +1,9 @@
-"""Train: pretrain the small base, then compile each kind of context into its weights, beside SFT on the same task.
+"""Train: compile a context into a model's weights, beside SFT on the same task.
 
-    python train.py                                            the whole story: 4 kinds of context x (COSD, SFT)
+    python train.py                                            the built-in world: 4 kinds of context x (COSD, SFT)
     python train.py --context instructions --divergence jsd    one kind
     python train.py --resume                                   go on after Ctrl-C or kill
+    python train.py --model FOLDER --context instructions --context-file FILE --prompts FILE      your own; --dry-run: its plan
 
 A method is two choices: who writes the completion, and what is minimised on its tokens.
 
@@ -22,17 +23,18 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import io
 import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -43,15 +45,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import contexts
-from contexts import END, TASKS, Example, decode, encode, render
-from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, forward_kl, jsd, top_k_divergence
-from model import GPT, GPTConfig, pad_right
+from contexts import END, TASKS, WORLD_CHAT, BadInput, Chat, Example, Task, encode, render
+from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, jsd, reverse_kl, top_k_divergence
+from model import GPT, TARGETS, GPTConfig, add_adapters, pad_right, read_config
 
 METHODS = ("cosd", "sft", "offline", "gkd")
-
-
-class BadInput(ValueError):
-    """Something the user can mend: one line, exit code 2."""
 
 
 class Diverged(Exception):
@@ -70,18 +68,37 @@ class Config:
     teacher: Literal["frozen", "ema", "live"] = "frozen"
     ema_rate: float = 0.02
     gkd_lambda: float = 0.5                # share of on-policy steps under gkd
-    anchors: float | None = None           # share of the batch under other contexts; default 0.5, for sft 0
-    steps: int = 250
-    batch: int = 64
+    anchors: float | None = None           # share of the batch under other contexts; default 0.5, for sft and --model 0
+    steps: int | None = None               # default 250, with --model 40
+    batch: int | None = None               # default 64, with --model 8
     micro_batch: int = 0                   # 0: the whole batch at once; the result does not depend on it
-    lr: float | None = None                # default 5e-4, for sft 1e-4
+    lr: float | None = None                # default 5e-4, for sft 1e-4; with --model 5e-5, its adapters 5e-4
+    schedule: Literal["decay", "cosine", "constant"] = "decay"     # after the warm-up; decay: linear over the second half
     warmup: int = 10
     temperature: float = 1.0               # of the rollouts
     max_new_tokens: int = 24
     reduction: Literal["token", "sequence"] = "token"
     skip: int = 0                          # first completion tokens left out of the loss
-    chunk: int = 0                         # rows of logits held at once; 0: all
-    # the base
+    chunk: int | None = None               # rows of logits held at once; 0: all; default 0, with --model 32
+    lora: int = 0                          # rank of the adapters; 0: train all weights
+    lora_alpha: float | None = None        # default: twice the rank
+    lora_targets: str = ",".join(TARGETS)
+    checkpointing: bool = False            # compute the blocks again in the backward pass: less memory, a third slower
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"     # of weights without gradient: the frozen teacher, the base under LoRA
+    # your own model and files
+    model: str | None = None               # a folder or hub name; without: the built-in world
+    prompts: str | None = None             # JSON lines to train on
+    heldout: str | None = None             # JSON lines to score on; without: every eighth of --prompts
+    context_file: str | None = None        # C: .txt or .md, .json (chat turns), .jsonl (solved problems)
+    template: str | None = None            # a file in place of contexts.TEMPLATES
+    demonstrations: Literal["pool", "own"] = "pool"    # A: of other prompts, as turns; or each prompt's own (SDFT's way)
+    shots: int | None = None               # training lines shown before the prompt; default 4 for a pool, else 0
+    score: str = "none"                    # none, exact, contains, regex, number, contains:TEXT, regex:PATTERN, path.py:function
+    anchor_file: str | None = None         # JSON lines: prompts for --anchors, and for the drift
+    unrelated: str | None = None           # a text whose perplexity must not change
+    export: Literal["merged", "adapters", "none"] = "merged"       # what transformers will load
+    dry_run: bool = False                  # print the plan and stop
+    # the base of the built-in world
     pretrain_steps: int = 2000
     pretrain_batch: int = 96
     pretrain_lr: float = 3e-3
@@ -101,23 +118,23 @@ class Config:
 
     def __post_init__(self):
         hints = get_type_hints(Config)
-        lowest = dict.fromkeys(("top_k", "micro_batch", "skip", "chunk", "warmup", "seed"), 0)
+        lowest = dict.fromkeys(("top_k", "micro_batch", "skip", "chunk", "warmup", "seed", "lora", "shots"), 0)
         for name, value in asdict(self).items():
             if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
                 raise BadInput(f"--{name} {value!r} is not a choice; choose from {', '.join(get_args(hints[name]))}")
-            if hints[name] is int and value < lowest.get(name, 1):
+            if isinstance(value, int) and not isinstance(value, bool) and hints[name] is not float and value < lowest.get(name, 1):
                 raise BadInput(f"--{name} {value} must be at least {lowest.get(name, 1)}")
         for name, high in dict(gkd_lambda=1, ema_rate=1, temperature=100, lr=10, pretrain_lr=10, anchors=1).items():
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= high:
                 raise BadInput(f"--{name} {getattr(self, name)} must be between 0 and {high}")
-        if self.anchors is not None and round(self.anchors * self.batch) == self.batch:
-            raise BadInput(f"--anchors {self.anchors} leaves the task no prompt in a batch of {self.batch}")
+        if self.anchors and round(self.anchors * self.n_batch) == self.n_batch:
+            raise BadInput(f"--anchors {self.anchors} leaves the task no prompt in a batch of {self.n_batch}")
         if not 0 < self.beta < 1:
             raise BadInput(f"--beta {self.beta} must lie strictly between 0 and 1; "
                            "for the ends use --divergence forward_kl or reverse_kl")
         if 0 < self.temperature < 0.01:
             raise BadInput(f"--temperature {self.temperature} is too close to 0 to sample; 0 is greedy")
-        if self.max_new_tokens > 256 or self.skip >= self.max_new_tokens:
+        if (self.max_new_tokens > 256 and not self.model) or self.skip >= self.max_new_tokens:
             raise BadInput(f"--max_new_tokens {self.max_new_tokens} must be at most 256, and --skip {self.skip} below it")
         if self.d_model % self.n_head or self.d_model // self.n_head % 2:
             raise BadInput(f"--d_model {self.d_model} / --n_head {self.n_head} must be an even whole number, the head width")
@@ -126,18 +143,40 @@ class Config:
         if self.divergence == "policy_gradient" and (self.method in ("offline", "gkd") or self.temperature != 1):
             raise BadInput("--divergence policy_gradient needs the student's own samples: --method cosd and --temperature 1")
 
-    def for_method(self, method: str) -> Config:
-        """Fill in the defaults that differ between methods."""
-        lr, anchors = (1e-4, 0.0) if method == "sft" else (5e-4, 0.5)
-        return replace(self, method=method, lr=lr if self.lr is None else self.lr,
-                       anchors=anchors if self.anchors is None else self.anchors)
+        if self.model and (self.context == "all" or not self.prompts):
+            raise BadInput("--model needs --context (one type) and --prompts FILE")
+        if given := [name for name in FILE_FIELDS if not self.model and getattr(self, name) != Config.__dataclass_fields__[name].default]:
+            raise BadInput(f"--{given[0]} needs --model: the built-in world brings its own")
+        if self.model and self.anchors and not self.anchor_file:
+            raise BadInput("--anchors needs --anchor_file, JSON lines with other prompts")
+        if unknown := set(self.targets) - set(TARGETS):
+            raise BadInput(f"--lora_targets {', '.join(sorted(unknown))}: choose from {','.join(TARGETS)}")
+        if self.export == "adapters" and not self.lora:
+            raise BadInput("--export adapters needs --lora RANK")
 
+    def for_method(self, method: str) -> Config:
+        """Fill in the defaults that differ between methods, and between the small world and a real model."""
+        lr, anchors = (1e-4, 0.0) if method == "sft" else (5e-4, 0.5)
+        if self.model:
+            lr, anchors = 5e-4 if self.lora else 5e-5, 0.0
+        defaults = dict(lr=lr, anchors=anchors, steps=40 if self.model else 250, batch=self.n_batch, chunk=32 if self.model else 0)
+        return replace(self, method=method, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+
+    @property
+    def n_batch(self) -> int:
+        return self.batch or (8 if self.model else 64)
 
     @property
     def n_anchors(self) -> int:
         return round(self.anchors * self.batch)
 
+    @property
+    def targets(self) -> list[str]:
+        return [name.strip() for name in self.lora_targets.split(",")]
 
+
+FILE_FIELDS = ("prompts", "heldout", "context_file", "template", "demonstrations", "shots", "score", "anchor_file", "unrelated",
+               "export", "dry_run")
 PRESETS = {
     "default": {},
     "smoke": dict(pretrain_steps=40, pretrain_batch=32, steps=4, batch=8, n_layer=2, d_model=32, eval_size=8, save_every=20),
@@ -198,9 +237,19 @@ def write(path: Path, data: bytes) -> None:
 
 
 def save(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getvalue())
+    """As `write`, but straight to the disk: a checkpoint can be gigabytes."""
+    unfinished = path.with_suffix(".tmp")
+    try:
+        torch.save(state, unfinished)
+    except (RuntimeError, OSError) as error:                           # torch's file writer reports a full disk as RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written (is the disk full?): {str(error).splitlines()[0]}") from None
+    os.replace(unfinished, path)
+
+
+def trained(model: GPT) -> dict[str, Tensor]:
+    """What a checkpoint needs of a model: with adapters, these alone."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load(path: Path, identity: dict) -> dict:
@@ -228,17 +277,20 @@ def optimize(
 ) -> None:
     """AdamW over `steps` calls of step_fn(step, backward), which leaves gradients behind and returns what to log.
 
-    Learning rate: linear warm-up, constant, linear decay to zero over the second half. Gradients are clipped at norm 1.
+    Learning rate: linear warm-up, then `cfg.schedule`. Gradients are clipped at norm 1.
     fp16 needs a scaler, which skips a step whose gradient overflows and halves its scale; bf16 and fp32 do not.
     """
     scaler = torch.amp.GradScaler(student.device.type, enabled=dtype == torch.float16)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
     checkpoint, metrics, start = folder / "checkpoint.pt", folder / "metrics.jsonl", 0
     ema = teacher.model if teacher and teacher.kind == "ema" else None
     if cfg.resume and checkpoint.exists():
         state = load(checkpoint, identity)
         start = state["step"]
-        student.load_state_dict(state["model"])
+        with torch.no_grad():
+            for name, parameter in trained(student).items():
+                parameter.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if ema:
@@ -266,13 +318,14 @@ def optimize(
             for step in range(start, steps):
                 began = time.perf_counter()
                 torch.manual_seed(seeded(cfg.seed, label, "dropout", step).getrandbits(60))
-                rate = lr * min(1.0, (step + 1) / (warmup + 1), 2 * (1 - step / steps))
+                left = {"decay": min(1.0, 2 * (1 - step / steps)), "cosine": (1 + math.cos(math.pi * step / steps)) / 2, "constant": 1.0}
+                rate = lr * min((step + 1) / (warmup + 1), 1.0) * left[cfg.schedule]
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 student.train()
                 log = step_fn(step, lambda loss: scaler.scale(loss).backward())
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 overflow_is_normal = scaler.is_enabled() and scaler.get_scale() >= 1
                 if not math.isfinite(log["loss"]) or not (math.isfinite(norm) or overflow_is_normal):
                     kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint yet"
@@ -292,7 +345,7 @@ def optimize(
                 on_step(step)
                 if stop or (step + 1) % cfg.save_every == 0 or step + 1 == steps:
                     metrics_file.flush()
-                    save(checkpoint, {"identity": identity, "step": step + 1, "model": student.state_dict(),
+                    save(checkpoint, {"identity": identity, "step": step + 1, "model": trained(student),
                                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                                       "ema": ema.state_dict() if ema else None})
                 if stop:
@@ -304,9 +357,9 @@ def optimize(
 
 
 # ================================================================================================== 3. the base
-def completions(texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+def completions(chat: Chat, texts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
     """Written answers with their end marker as (ids, mask), both (B, N): the form in which `generate` returns rollouts."""
-    rows = [encode(text) + [END] for text in texts]
+    rows = [chat.encode(text) + [chat.end] for text in texts]
     return pad_right(rows).to(device), pad_right([[1] * len(row) for row in rows]).bool().to(device)
 
 
@@ -341,75 +394,133 @@ def get_base(cfg: Config, device: torch.device, dtype: torch.dtype, autocast: Ca
     def step_fn(step: int, backward: Callable) -> dict:
         examples = pretraining_batches(cfg.seed, step // 8, cfg.pretrain_batch)[step % 8]
         prompts = [render(e.context, e.prompt) for e in examples]
-        batch = Batch(prompts, prompts, *completions([e.answer for e in examples], device))
+        batch = Batch(prompts, prompts, *completions(WORLD_CHAT, [e.answer for e in examples], device))
         return cosd_step(base, None, batch, "cross_entropy", eos={END}, max_new_tokens=1, autocast=autocast, backward=backward)
 
-    optimize(replace(cfg, resume=True), base, step_fn, label=f"base, seed {cfg.seed}", folder=folder, identity=identity,
+    optimize(replace(cfg, resume=True, schedule="decay"), base, step_fn, label=f"base, seed {cfg.seed}", folder=folder, identity=identity,
              steps=cfg.pretrain_steps, lr=cfg.pretrain_lr, warmup=50, weight_decay=0.1, dtype=dtype)
     return base, fingerprint
 
 
 # ================================================================================================ 4. evaluation
-def answers(model: GPT, prompts: list[list[int]], cfg: Config) -> list[str]:
+def answers(model: GPT, prompts: list[list[int]], cfg: Config, chat: Chat) -> list[str]:
     """Greedy answers as text, without the end marker; an answer that never ended shows a trailing …"""
-    ids, mask = model.generate(prompts, cfg.max_new_tokens, temperature=0, eos={END})
-    rows = [row[m].tolist() for row, m in zip(ids, mask)]
-    return [decode(row[:-1]) if row[-1] == END else decode(row) + " …" for row in rows]
+    texts = []
+    for i in range(0, len(prompts), 2 * cfg.batch):
+        ids, mask = model.generate(prompts[i : i + 2 * cfg.batch], cfg.max_new_tokens, temperature=0, eos=chat.ends)
+        rows = [row[m].tolist() for row, m in zip(ids, mask)]
+        texts += [chat.decode(row[:-1]) if row[-1] in chat.ends else chat.decode(row) + " …" for row in rows]
+    return texts
 
 
-def evaluate(model: GPT, examples: list[Example], with_context: bool, cfg: Config) -> dict[str, float]:
-    """Mean of each of `contexts.grade`'s grades over the examples that have it."""
-    texts = answers(model, [render(e.context if with_context else None, e.prompt) for e in examples], cfg)
-    grades = [contexts.grade(e, text) for e, text in zip(examples, texts)]
+def evaluate(model: GPT, examples: list[Example], with_context: bool, cfg: Config, task: Task) -> dict[str, float]:
+    """Mean of each of the task's grades over the examples that have it."""
+    prompts = [task.chat.render(e.context if with_context else None, e.prompt) for e in examples]
+    grades = [task.grade(e, text) for e, text in zip(examples, answers(model, prompts, cfg, task.chat))]
     return {key: statistics.fmean(g[key] for g in grades if key in g) for key in {k: 0 for g in grades for k in g}}
 
 
 @torch.no_grad()
-def drift(base: GPT, tuned: GPT, examples: list[Example], cfg: Config) -> float:
+def kl_on_own_samples(
+    model: Teacher, prompts: list[list[int]], other: Teacher, other_prompts: list[list[int]], cfg: Config, chat: Chat, *what
+) -> float:
+    """KL(model‖other) in nats per token, on the model's own samples, exact at every token."""
+    generator = torch_generator(model.model.device, cfg.seed, *what)
+    with model.role() as sampler:
+        ids, mask = sampler.generate(prompts, cfg.max_new_tokens, eos=chat.ends, generator=generator)
+    h, h_other = model.states(prompts, ids, mask), other.states(other_prompts, ids, mask)              # (n, D) each
+    rows = cfg.chunk or len(h)
+    values = [reverse_kl(model.model.head(a), other.model.head(b)) for a, b in zip(h.split(rows), h_other.split(rows))]
+    return torch.cat(values).mean().item()
+
+
+def drift(base: Teacher, tuned: Teacher, examples: list[Example], cfg: Config, chat: Chat) -> float:
     """KL(base‖tuned) in nats per token, on the base's own samples to prior prompts in their contexts."""
-    prompts = [render(e.context, e.prompt) for e in examples]
-    generator = torch_generator(base.device, cfg.seed, "drift")
-    ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={END}, generator=generator)
-    logits = [model.head(completion_states(model, prompts, ids, mask)) for model in (tuned, base)]     # (n, V) each
-    return forward_kl(*logits).mean().item()
+    prompts = [chat.render(e.context, e.prompt) for e in examples]
+    return kl_on_own_samples(base, prompts, tuned, prompts, cfg, chat, "drift")
 
 
-def measure(base: GPT, tuned: GPT, heldout: list[Example], probes: dict[str, list[Example]], cfg: Config) -> dict:
-    """After training: what was learned, without context, and what became of everything else."""
-    prior = {name: [evaluate(model, suite, True, cfg)["exact"] for model in (base, tuned)] for name, suite in probes.items()}
-    change = {name: after - before for name, (before, after) in prior.items()}
-    shown = [replace(e, context=None) for e in heldout[:2]] + [e for suite in probes.values() for e in suite[:4]]
-    said = [answers(model, [render(e.context, e.prompt) for e in shown], cfg) for model in (base, tuned)]
-    return {
-        "after": evaluate(tuned, heldout, False, cfg), "prior": prior,
-        "prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values()),
-        "drift": drift(base, tuned, [e for suite in probes.values() for e in suite], cfg),
-        "prompt_tokens_saved": statistics.fmean(len(render(e.context, "")) - len(render(None, "")) for e in heldout),
+def kl_to_teacher(student: Teacher, teacher: Teacher, examples: list[Example], cfg: Config, chat: Chat) -> float:
+    """KL(student‖teacher) in nats per token, on the student's own samples: what is still to be learned from C."""
+    prompts, with_context = ([chat.render(c and e.context, e.prompt) for e in examples] for c in (None, True))
+    return kl_on_own_samples(student, prompts, teacher, with_context, cfg, chat, "held-out KL")
+
+
+@torch.no_grad()
+def perplexity(model: GPT, path: str, cfg: Config, chat: Chat) -> float:
+    """exp of the mean −log p of the text's tokens, each paragraph on its own, from its second token on."""
+    rows = [chat.encode(paragraph.strip())[: model.config.max_len] for paragraph in contexts.read_text(path).split("\n\n")]
+    nll = []
+    for row in (row for row in rows if len(row) > 1):
+        states = model.hidden(torch.tensor([row], device=model.device))[0, :-1]                        # (T − 1, D)
+        targets = torch.tensor(row[1:], device=model.device)
+        for h, y in zip(states.split(cfg.chunk or 256), targets.split(cfg.chunk or 256)):
+            nll.append(torch.nn.functional.cross_entropy(model.head(h).float(), y, reduction="none"))
+    return torch.cat(nll).mean().exp().item()
+
+
+def before_training(student: Teacher, teacher: Teacher, task: Task, cfg: Config) -> dict:
+    """The student is still the base: with C it is the ceiling, without the floor."""
+    with student.role() as model:
+        result = {"teacher": evaluate(model, task.heldout, True, cfg, task), "before": evaluate(model, task.heldout, False, cfg, task)}
+        if cfg.unrelated:
+            result["perplexity_before"] = perplexity(model, cfg.unrelated, cfg, task.chat)
+    if cfg.model:
+        result["kl_before"] = kl_to_teacher(student, teacher, task.heldout, cfg, task.chat)
+    return result
+
+
+def after_training(base: Teacher, student: Teacher, teacher: Teacher, task: Task, cfg: Config) -> dict:
+    """What was learned, without context, and what became of everything else."""
+    chat, everything = task.chat, [e for suite in task.probes.values() for e in suite]
+    own = task.heldout[: 4 if cfg.model else 2]
+    shown = [replace(e, context=None) for e in own] + [e for suite in task.probes.values() for e in suite[:4]]
+    result, prior, said = {}, {}, []
+    for role in (base, student):
+        with role.role() as model:
+            for name, suite in task.probes.items():
+                prior.setdefault(name, []).append(evaluate(model, suite, True, cfg, task).get("exact"))
+            said.append(answers(model, [chat.render(e.context, e.prompt) for e in shown], cfg, chat))
+            if role is student:
+                result["after"] = evaluate(model, task.heldout, False, cfg, task)
+                if cfg.unrelated:
+                    result["perplexity_after"] = perplexity(model, cfg.unrelated, cfg, chat)
+    with base.role() as model:
+        in_context = answers(model, [chat.render(e.context, e.prompt) for e in own], cfg, chat)
+    if change := {name: after - before for name, (before, after) in prior.items() if before is not None}:
+        result |= {"prior": prior, "prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values())}
+    if everything:
+        result["drift"] = drift(base, student, everything, cfg, chat)
+    if cfg.model:
+        result["kl_after"] = kl_to_teacher(student, teacher, task.heldout, cfg, chat)
+    return result | {
+        "prompt_tokens_saved": statistics.fmean(len(chat.render(e.context, e.prompt)) - len(chat.render(None, e.prompt)) for e in task.heldout),
         "samples": [{"context": e.context, "prompt": e.prompt, "reference": e.answer, "before": before, "after": after}
                     for e, before, after in zip(shown, *said)],
-    }
+        "teacher_said": in_context}
 
 
 # ======================================================================================= 5. one run of one method
-def make_batch(cfg: Config, context: str, step: int, teacher: Teacher) -> Batch:
+def make_batch(cfg: Config, task: Task, step: int, teacher: Teacher) -> Batch:
     """The task's prompts of this step, and their completions unless the student is to write them."""
-    rng, device = seeded(cfg.seed, context, "task", step), teacher.model.device
-    examples = [TASKS[context](rng) for _ in range(cfg.batch - cfg.n_anchors)]
-    batch = Batch([render(None, e.prompt) for e in examples], [render(e.context, e.prompt) for e in examples])
+    rng, device, chat = seeded(cfg.seed, task.kind, "task", step), teacher.model.device, task.chat
+    examples = [task.draw(rng) for _ in range(cfg.batch - cfg.n_anchors)]
+    batch = Batch([chat.render(None, e.prompt) for e in examples], [chat.render(e.context, e.prompt) for e in examples])
     if cfg.method == "sft" or (cfg.method == "gkd" and rng.random() >= cfg.gkd_lambda):
-        batch.completion, batch.mask = completions([e.expert for e in examples], device)
+        batch.completion, batch.mask = completions(chat, [e.expert for e in examples], device)
     elif cfg.method == "offline":
-        batch.completion, batch.mask = teacher.model.generate(
-            batch.teacher_prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END},
-            generator=torch_generator(device, cfg.seed, context, "offline", step))
+        with teacher.role() as model:
+            batch.completion, batch.mask = model.generate(
+                batch.teacher_prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos=chat.ends,
+                generator=torch_generator(device, cfg.seed, task.kind, "offline", step))
     return batch
 
 
-def make_anchors(cfg: Config, context: str, step: int) -> Batch:
+def make_anchors(cfg: Config, task: Task, step: int) -> Batch:
     """Prompts under other contexts or none, the same for student and teacher: replay from the model's own distribution."""
-    rng = seeded(cfg.seed, context, "anchors", step)
-    examples = [contexts.draw_anchor(rng, context) for _ in range(cfg.n_anchors)]
-    prompts = [render(e.context, e.prompt) for e in examples]
+    rng = seeded(cfg.seed, task.kind, "anchors", step)
+    examples = [task.draw_anchor(rng) for _ in range(cfg.n_anchors)]
+    prompts = [task.chat.render(e.context, e.prompt) for e in examples]
     return Batch(prompts, prompts)
 
 
@@ -422,71 +533,73 @@ def make_objective(cfg: Config) -> str | Callable:
     return partial(top_k_divergence, k=cfg.top_k, divergence=divergence) if cfg.top_k else divergence
 
 
-def sample_text(student: GPT, teacher: Teacher, examples: list[Example], cfg: Config, step: int) -> str:
+def sample_text(student: GPT, teacher: Teacher, examples: list[Example], cfg: Config, chat: Chat, step: int) -> str:
     """A few rollouts, with the student's and the teacher's probability of every token."""
-    prompts, teacher_prompts = [render(None, e.prompt) for e in examples], [render(e.context, e.prompt) for e in examples]
+    prompts, teacher_prompts = ([chat.render(c and e.context, e.prompt) for e in examples] for c in (None, True))
     generator = torch_generator(student.device, cfg.seed, "samples", step)
-    ids, mask = student.generate(prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos={END}, generator=generator)
+    ids, mask = student.generate(prompts, cfg.max_new_tokens, temperature=cfg.temperature, eos=chat.ends, generator=generator)
     with torch.no_grad():
         q = student.head(completion_states(student, prompts, ids, mask)).float().softmax(-1)           # (n, V)
         p = teacher.model.head(teacher.states(teacher_prompts, ids, mask)).float().softmax(-1)
     text, start = f"--- step {step}: a rollout, then its tokens with their probability under student→teacher\n", 0
     for example, row, m in zip(examples, ids, mask):
         tokens = row[m].tolist()
-        views = [f"{decode([t])!r} {q[i, t]:.2f}→{p[i, t]:.2f}" for i, t in enumerate(tokens, start)]
-        text += f"C: {example.context}\nx: {example.prompt}\ny: {decode(tokens)}\n   {'  '.join(views)}\n"
+        views = [f"{chat.decode([t])!r} {q[i, t]:.2f}→{p[i, t]:.2f}" for i, t in enumerate(tokens, start)]
+        text += f"C: {spoken(example.context)}\nx: {spoken(example.prompt)}\ny: {chat.decode(tokens)}\n   {'  '.join(views)}\n"
         start += len(tokens)
     return text
 
 
+def spoken(turns: str | list) -> str:
+    """Chat turns as text to read."""
+    return turns if isinstance(turns, str) else "\n   ".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
 # These do not change a run's result, or by rounding only.
-NOT_IDENTITY = ("out", "bases", "resume", "seeds", "device", "save_every", "micro_batch", "chunk")
+NOT_IDENTITY = ("out", "bases", "resume", "seeds", "device", "save_every", "micro_batch", "chunk", "checkpointing", "export", "dry_run")
 
 
-def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dtype: torch.dtype, autocast: Callable) -> dict:
-    """Compile one context into the weights by one method, with evaluation before and after. Writes out/<run>/."""
-    cfg, device, label = replace(cfg.for_method(method), context=context), base.device, f"{context} / {method}, seed {cfg.seed}"
-    folder = Path(cfg.out) / f"{context}-{method}-seed{cfg.seed}"
+def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dtype, autocast: Callable) -> dict:
+    """Compile one context into `student` by one method, with evaluation before and after. Writes out/<run>/."""
+    device, label = student.device, f"{task.kind} / {cfg.method}, seed {cfg.seed}"
+    folder = run_folder(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    result_file, samples = folder / "result.json", folder / "samples.txt"
-    identity = {k: v for k, v in asdict(cfg).items() if k not in NOT_IDENTITY} | {"base": fingerprint}
-    if cfg.resume and result_file.exists():
-        result = json.loads(result_file.read_text())                   # written whole or not at all
-        demand_same(result_file, result.get("config", {}), identity)
-        print(f"{label}: complete, taken from {result_file}")
-        return result
-    result_file.unlink(missing_ok=True)
+    samples, identity = folder / "samples.txt", run_identity(cfg, fingerprint)
+    (folder / "result.json").unlink(missing_ok=True)
     write(folder / "config.json", json.dumps(identity, indent=1).encode())
 
-    student = copy.deepcopy(base)
-    rng = seeded(cfg.seed, context, "heldout")
-    heldout = [TASKS[context](rng, heldout=True) for _ in range(cfg.eval_size)]
-    probes = contexts.probes(seeded(cfg.seed, context, "probes"), context, cfg.eval_size)
-    one_context = context in ("specification", "instructions")         # the same C for all prompts: it is read once
-    shared = render(heldout[0].context, "")[:-1] if one_context else ()            # [SYSTEM, C, USER]
-    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, shared)
-    anchor_teacher = teacher if cfg.teacher == "frozen" else Teacher(base, "frozen")
+    if cfg.lora:
+        torch.manual_seed(cfg.seed)
+        add_adapters(student, cfg.lora, cfg.lora_alpha or 2 * cfg.lora, cfg.targets)
+    student.checkpointing = cfg.checkpointing
+    frozen_dtype = torch.bfloat16 if cfg.frozen_dtype == "bf16" else None
+    teacher = Teacher(student, cfg.teacher, cfg.ema_rate, task.shared, frozen_dtype)
+    base = teacher if cfg.teacher == "frozen" else Teacher(student, "frozen", dtype=frozen_dtype)
+    tuned = Teacher(student, "live")                                   # the student in the same terms, to be measured
 
     # Pre-flight: the teacher is the ceiling. If it does not beat the student there is nothing to distil.
-    ceiling, before = evaluate(base, heldout, True, cfg), evaluate(base, heldout, False, cfg)
-    print(f"\n{label}: held-out score with C (teacher) {ceiling['score']:.2f}, without (student) {before['score']:.2f}")
-    if ceiling["score"] <= before["score"]:
+    with autocast() if cfg.model else nullcontext():
+        before = before_training(tuned, teacher, task, cfg)
+    found = [f"{name} {before[key][grade]:.2f}" for key, name in (("teacher", "with C (teacher)"), ("before", "without (student)"))
+             for grade in ("score",) if grade in before[key]]
+    found = "held-out score " + ", ".join(found) if found else "no --score"
+    print(f"\n{label}: {found}" + (f"; KL(student‖teacher) {before['kl_before']:.3f} nats per token" if "kl_before" in before else ""))
+    if "score" in before["teacher"] and before["teacher"]["score"] <= before["before"]["score"]:
         print("  The teacher does not beat the student: this context cannot teach this model anything. Going on, to show it.")
 
     objective = make_objective(cfg)
-    common = dict(eos={END}, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, reduction=cfg.reduction,
+    common = dict(eos=task.chat.ends, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, reduction=cfg.reduction,
                   micro_batch=cfg.micro_batch or None, chunk=cfg.chunk or None, autocast=autocast)
 
     def step_fn(step: int, backward: Callable) -> dict:
-        step_only = dict(generator=torch_generator(device, cfg.seed, context, "rollout", step), backward=backward)
-        scorer = teacher if method != "sft" or step % 10 == 0 else None            # SFT needs no teacher, but for its log
+        step_only = dict(generator=torch_generator(device, cfg.seed, task.kind, "rollout", step), backward=backward)
+        scorer = teacher if cfg.method != "sft" or step % 10 == 0 else None        # SFT needs no teacher, but for its log
         share = cfg.n_anchors / cfg.batch
-        log = cosd_step(student, scorer, make_batch(cfg, context, step, teacher), objective, skip=cfg.skip, weight=1 - share,
+        log = cosd_step(student, scorer, make_batch(cfg, task, step, teacher), objective, skip=cfg.skip, weight=1 - share,
                         **common, **step_only)
         if share:
-            on_anchors = "forward_kl" if method == "sft" else objective
-            anchored = cosd_step(student, anchor_teacher, make_anchors(cfg, context, step), on_anchors, weight=share,
-                                 **common, **step_only)
+            on_anchors = "forward_kl" if cfg.method == "sft" else objective
+            anchored = cosd_step(student, base, make_anchors(cfg, task, step), on_anchors, weight=share, **common, **step_only)
             log |= {"loss": log["loss"] + anchored["loss"], "anchor_kl": anchored["kl"]}
         return log
 
@@ -494,7 +607,7 @@ def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dty
         done = samples.read_text() if samples.exists() and step else ""
         if f"--- step {step}:" not in done:                            # a resumed run may pass a step again
             with autocast():
-                samples.write_text(done + sample_text(student, teacher, heldout[:3], cfg, step))
+                samples.write_text(done + sample_text(student, teacher, task.heldout[:3], cfg, task.chat, step))
 
     def on_step(step: int) -> None:
         if (step + 1) % max(1, cfg.steps // 3) == 0:
@@ -507,30 +620,153 @@ def run(cfg: Config, context: str, method: str, base: GPT, fingerprint: str, dty
              warmup=cfg.warmup, weight_decay=0.0, dtype=dtype, teacher=teacher, on_step=on_step)
     seconds = time.perf_counter() - began
 
-    result = {"config": identity, "context": context, "method": method, "seed": cfg.seed, "seconds": round(seconds, 1),
-              "teacher": ceiling, "before": before} | measure(base, student, heldout, probes, cfg)
-    write(result_file, json.dumps(result, indent=1).encode())
+    with autocast() if cfg.model else nullcontext():
+        after = after_training(base, tuned, teacher, task, cfg)
+    result = {"config": identity, "context": task.kind, "method": cfg.method, "seed": cfg.seed, "seconds": round(seconds, 1)}
+    result |= before | after
+    if cfg.model and cfg.export != "none":
+        export(cfg, student, task, folder / "export")
+    write(folder / "result.json", json.dumps(result, indent=1).encode())
+    if cfg.model:
+        (folder / "checkpoint.pt").unlink()                            # the export has the weights; the moments are of no more use
     return result
 
 
-# ================================================================================================ 6. the report
+def run_folder(cfg: Config) -> Path:
+    return Path(cfg.out) / f"{cfg.context}-{cfg.method}-seed{cfg.seed}"
+
+
+def run_identity(cfg: Config, fingerprint: str) -> dict:
+    """What a checkpoint or a result belongs to: the settings, the base, and what the user's files say."""
+    paths = [cfg.prompts, cfg.heldout, cfg.context_file, cfg.template, cfg.anchor_file, cfg.unrelated, cfg.score.rpartition(":")[0]]
+    files = [hashlib.sha256(Path(path).read_bytes()).hexdigest()[:10] for path in paths if path and Path(path).is_file()]
+    return {k: v for k, v in asdict(cfg).items() if k not in NOT_IDENTITY} | {"base": fingerprint, "files": files}
+
+
+def finished(cfg: Config, fingerprint: str) -> dict | None:
+    """With --resume: the result of a run that is complete."""
+    path = run_folder(cfg) / "result.json"
+    if not cfg.resume or not path.exists():
+        return None
+    result = json.loads(path.read_text())                              # written whole or not at all
+    demand_same(path, result.get("config", {}), run_identity(cfg, fingerprint))
+    print(f"{cfg.context} / {cfg.method}, seed {cfg.seed}: complete, taken from {path}")
+    return result
+
+
+# ============================================================================================== 6. your own model
+def export(cfg: Config, student: GPT, task: Task, folder: Path) -> None:
+    """What transformers and vLLM load: the model with its adapters folded in, or the adapters alone for PEFT."""
+    from transformers import AutoTokenizer
+
+    if cfg.export == "adapters":
+        student.save_adapters(folder, cfg.model)
+    else:
+        student.save_pretrained(folder, AutoTokenizer.from_pretrained(cfg.model), task.chat.ends)
+
+
+def plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, prompt: int, teacher_prompt: int) -> dict[str, float]:
+    """What a step will hold, in bytes, from shapes alone. `prompt`, `teacher_prompt`: tokens, longest, shared context left out.
+
+    Activations are what autograd keeps of the student's pass. At the peak they stand beside weights, teacher and moments,
+    either with the logits (start of the backward pass) or replaced by the gradients (its end).
+    """
+    D, E, H, K, F, N, V = c.d_model, c.head_dim, c.n_head, c.n_kv_head, c.d_ff, c.n_layer, c.vocab_size
+    shapes = {"q": D + H * E, "k": D + K * E, "v": D + K * E, "out": H * E + D, "up": D + F, "down": F + D,
+              "gate": D + F if c.mlp == "swiglu" else 0}
+    adapters = cfg.lora * N * sum(shapes[name] for name in cfg.targets)
+    n, mixed, frozen = c.n_params(), dtype != torch.float32, 2 if cfg.frozen_dtype == "bf16" else 4
+    trainable = adapters or n
+    rows = cfg.micro_batch or cfg.batch
+    tokens, scored = rows * (prompt + cfg.max_new_tokens), rows * cfg.max_new_tokens
+    low = 2 if mixed else 4
+    # one block, numbers per token: fp32 norms and residuals; inputs of the matrix products; q, k, v, attention; the MLP
+    norms, inputs = 4 * 4 * D, low * D * (5 if mixed else 2)
+    attention, mlp = low * (3 * H * E + 2 * K * E), low * F * (4 if c.mlp == "swiglu" else 2)
+    block = tokens * (norms + inputs + attention + mlp)
+    parts = {
+        "weights": n * (frozen if adapters else 4) + 4 * adapters,
+        "teacher": {"frozen": 0 if adapters else n * frozen, "ema": n * 4, "live": 0}[cfg.teacher],
+        "gradients": 4 * trainable,
+        "optimizer": 8 * trainable,
+        "activations": N * tokens * 4 * D + block if cfg.checkpointing else N * block,
+        "logits": 4 * V * 6 * min(cfg.chunk or scored, scored) + (0 if adapters else 4 * V * D),
+        "casts": 2 * n if mixed and not (adapters and frozen == 2) else 0,         # autocast's copies of the fp32 weights
+        "cache": 2 * low * N * K * E * cfg.batch * (teacher_prompt + cfg.max_new_tokens),
+    }
+    fixed = parts["weights"] + parts["teacher"] + parts["optimizer"]
+    accumulated = parts["gradients"] if rows < cfg.batch else 0
+    pass_ = parts["casts"] + max(parts["activations"] + parts["logits"] + accumulated, parts["gradients"])
+    return parts | {"peak": fixed + max(pass_, parts["cache"])} | {
+        "parameters": n + adapters, "trainable": trainable, "tokens a step": tokens * cfg.batch // rows}
+
+
+def show_plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, task: Task) -> str:
+    """Counts the tokens of all held-out prompts and prints the plan."""
+    lengths = [[len(task.chat.render(ctx and e.context, e.prompt)) for e in task.heldout] for ctx in (None, True)]
+    prompt, teacher_prompt, shared = max(lengths[0]), max(lengths[1]), len(task.shared)
+    p = plan(cfg, c, dtype, prompt, teacher_prompt - shared)
+    sizes = ", ".join(f"{name} {p[name] / 1e9:.2f}" for name in
+                      ("weights", "teacher", "gradients", "optimizer", "activations", "logits", "casts", "cache"))
+    return (f"{p['parameters'] / 1e6:.1f} M parameters, {p['trainable'] / 1e6:.2f} M of them trained; {cfg.steps} steps of {cfg.batch} prompts\n"
+            f"tokens: prompt {prompt}, with context {teacher_prompt} (of which {shared} shared by all and read once), "
+            f"answer <= {cfg.max_new_tokens}; student pass {p['tokens a step']} a step\n"
+            f"memory, estimated, GB: {sizes}; peak {p['peak'] / 1e9:.2f} and the program itself")
+
+
+def own_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> tuple[Task, Callable[[], GPT], str]:
+    """-> (the task from the user's files, a loader of the weights, the plan). Whatever is wrong with the files shows up first."""
+    try:
+        config = read_config(cfg.model)
+        chat = contexts.open_chat(cfg.model, config.vocab_size, gpt2=config.positions == "learned")
+        task = contexts.file_task(cfg, chat, config.max_len, cfg.eval_size)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BadInput) or getattr(error, "filename", None):
+            raise
+        raise BadInput(f"--model {cfg.model}: {str(error).strip().splitlines()[0]}") from None
+
+    def load_model() -> GPT:
+        try:
+            weights = torch.bfloat16 if cfg.lora and cfg.frozen_dtype == "bf16" else torch.float32
+            return GPT.from_pretrained(cfg.model, weights).to(device)
+        except (ValueError, OSError) as error:
+            raise BadInput(f"--model {cfg.model}: {str(error).strip().splitlines()[0]}") from None
+
+    return task, load_model, show_plan(cfg, config, dtype, task)
+
+
+# ================================================================================================ 7. the report
+def value(*path: str) -> Callable[[dict], float]:
+    """A reader of result[path[0]][path[1]]...; NaN where a run has no such number."""
+    def read(result: dict) -> float:
+        for key in path:
+            result = result.get(key, {})
+        return result if isinstance(result, (int, float)) else math.nan
+    return read
+
+
 COLUMNS: dict[str, tuple[Callable[[dict], float], int]] = {            # title: (value of a result, digits)
-    "teacher": (lambda r: r["teacher"]["score"], 2),
-    "before": (lambda r: r["before"]["score"], 2),
-    "after": (lambda r: r["after"]["score"], 2),
-    "exact": (lambda r: r["after"]["exact"], 2),
-    "prior": (lambda r: r["prior_change"], 3),
-    "steerability": (lambda r: r["steerability_change"], 3),
-    "drift": (lambda r: r["drift"], 4),
-    "over-refusal": (lambda r: r["after"].get("over_refusal", math.nan), 2),
-    "tokens saved": (lambda r: r["prompt_tokens_saved"], 0),
-    "seconds": (lambda r: r["seconds"], 0),
+    "teacher": (value("teacher", "score"), 2),
+    "before": (value("before", "score"), 2),
+    "after": (value("after", "score"), 2),
+    "exact": (value("after", "exact"), 2),
+    "KL before": (value("kl_before"), 3),
+    "KL after": (value("kl_after"), 3),
+    "prior": (value("prior_change"), 3),
+    "steerability": (value("steerability_change"), 3),
+    "drift": (value("drift"), 4),
+    "perplexity before": (value("perplexity_before"), 2),
+    "perplexity after": (value("perplexity_after"), 2),
+    "over-refusal": (value("after", "over_refusal"), 2),
+    "tokens saved": (value("prompt_tokens_saved"), 0),
+    "seconds": (value("seconds"), 0),
 }
 LEGEND = """\
 Shares of held-out prompts answered rightly, greedy. teacher: the base with C in its prompt; before, after: without C.
 before and after count content, exact also the manner. prior: change of exact match on the known verbs; steerability: its
 mean change over four kinds of other contexts. drift: KL(base‖tuned) on all these prompts, nats per token. over-refusal:
-allowed items refused. tokens saved: |C| per prompt. seconds: training alone. ±: standard deviation over seeds."""
+allowed items refused. KL: KL(student‖teacher) on the student's own held-out samples, nats per token. perplexity: on the
+unrelated text. tokens saved: |C| per prompt. seconds: training alone. ±: standard deviation over seeds."""
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -545,19 +781,23 @@ def report(results: list[dict], out: Path) -> str:
     groups: dict[tuple[str, str], list[dict]] = {}
     for result in results:
         groups.setdefault((result["context"], result["method"]), []).append(result)
-    table = [["context", "method", *COLUMNS]]
+    columns = {title: c for title, c in COLUMNS.items() if not all(math.isnan(c[0](r)) for r in results)}
+    table = [["context", "method", *columns]]
     for key, runs in groups.items():
-        table.append([*key, *(spread([value(r) for r in runs], digits) for value, digits in COLUMNS.values())])
-    said = [["context", "prompt", "reference", "before", *dict.fromkeys(method for _, method in groups)]]
+        table.append([*key, *(spread([read(r) for r in runs], digits) for read, digits in columns.values())])
+    said = [["context", "prompt", "reference", "before", *dict.fromkeys(method for _, method in groups), "teacher, with C"]]
     for context in dict.fromkeys(context for context, _ in groups):
-        samples = [runs[0]["samples"] for (name, _), runs in groups.items() if name == context]
+        first = [runs[0] for (name, _), runs in groups.items() if name == context]
+        samples, in_context = [r["samples"] for r in first], first[0]["teacher_said"]
         changed = lambda i: -sum(s[i]["after"] != s[i]["before"] for s in samples)
-        for i in [0, 1, *sorted(range(2, len(samples[0])), key=changed)[:2]]:
+        own = len(in_context)
+        for i in [*range(own), *sorted(range(own, len(samples[0])), key=changed)[:2]]:
             s = samples[0][i]
-            prompt = f"({s['context']}) {s['prompt']}" if s["context"] else s["prompt"]
-            said.append([context, prompt, s["reference"], s["before"], *(s[i]["after"] for s in samples)])
+            prompt = f"({s['context']}) {s['prompt']}" if isinstance(s["context"], str) else spoken(s["prompt"])
+            cells = [context, prompt, s["reference"], s["before"], *(s[i]["after"] for s in samples), in_context[i] if i < own else ""]
+            said.append([re.sub(r"\s*\n\s*", " ⏎ ", cell).replace("|", "\\|") for cell in cells])
     markdown = lambda rows: "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
-    text = (f"{markdown(table)}\n\n{LEGEND}\n\nAnswers of the first seed: two held-out prompts of each task, without context, "
+    text = (f"{markdown(table)}\n\n{LEGEND}\n\nAnswers of the first seed: held-out prompts of each task, without context, "
             f"and the two probes of prior skills that changed the most.\n\n{markdown(said)}\n")
     (out / "results.json").write_text(json.dumps(results, indent=1))
     (out / "results.md").write_text(text)
@@ -578,48 +818,65 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
     names, methods = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
     letters = dict(zip(TASKS, "ABCD"))
     colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]))          # Okabe-Ito: colour-blind safe
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), width_ratios=[3, 2, 2], constrained_layout=True)
-    panels = {"after": "Learned: held-out score, no context given", "prior": "Forgotten: known verbs",
-              "steerability": "Forgotten: other contexts"}
-    for axis, (column, title) in zip(axes, panels.items()):
-        bars = [(method.upper(), colors[method], method, column) for method in methods]
-        if column == "after":
-            bars = [("before", "#BBBBBB", methods[0], "before"), *bars, ("teacher, with C", "#555555", methods[0], "teacher")]
-        width = 0.8 / len(bars)
-        for i, (label, color, method, quantity) in enumerate(bars):
-            values = [[COLUMNS[quantity][0](r) for r in groups[name, method]] for name in names]
+    around = lambda column, before, label: [("before", "#BBBBBB", methods[0], before), *bars(column)] + (
+        [(label, "#555555", methods[0], "teacher")] if label else [])
+    bars = lambda column: [(method.upper(), colors[method], method, column) for method in methods]
+    panels = [("Learned: held-out score, no context given", "share right", around("after", "before", "teacher, with C")),
+              ("Forgotten: known verbs", "change of exact match", bars("prior")),
+              ("Forgotten: other contexts", "change of exact match", bars("steerability")),
+              ("Left to learn: KL to the teacher", "nats per token", around("KL after", "KL before", "")),
+              ("Forgotten: unrelated text", "perplexity", around("perplexity after", "perplexity before", ""))]
+    read = lambda name, method, column: [COLUMNS[column][0](r) for r in groups.get((name, method), [])] or [math.nan]
+    panels = [panel for panel in panels if not all(math.isnan(read(name, *bar[2:])[0]) for name in names for bar in panel[2])]
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), width_ratios=[3, *[2] * (len(panels) - 1)], constrained_layout=True)
+    for axis, (title, ylabel, shown) in zip(axes, panels):
+        width = 0.8 / len(shown)
+        for i, (label, color, method, column) in enumerate(shown):
+            values = [read(name, method, column) for name in names]
             error = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-            at = [x + (i - (len(bars) - 1) / 2) * width for x in range(len(names))]
+            at = [x + (i - (len(shown) - 1) / 2) * width for x in range(len(names))]
             axis.bar(at, list(map(statistics.fmean, values)), width, label=label, color=color,
                      yerr=error if any(error) else None, capsize=2)
         axis.set_xticks(range(len(names)), [f"{letters[name]}\n{name}" for name in names], fontsize=7)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(title=title, ylabel="share right" if column == "after" else "change of exact match")
-    axes[0].set(ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
+        axis.set(title=title, ylabel=ylabel)
+        if ylabel == "share right":
+            axis.set(ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
+        elif ylabel.startswith("change"):
+            axis.set_ylim(min(-0.1, *(v for name in names for m in methods for c in ("prior", "steerability") for v in read(name, m, c))) * 1.1, 0.05)
     axes[0].legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
-    lowest = min(axes[1].get_ylim()[0], axes[2].get_ylim()[0], -0.1)
-    for axis in axes[1:]:
-        axis.set_ylim(lowest, 0.05)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-# ================================================================================================= 7. the story
+# ================================================================================================= 8. the whole
 def train(cfg: Config) -> dict:
     """Everything that `python train.py` does, for notebooks and tests -> {"results": [...], "report": Markdown}."""
     out, (device, dtype, autocast) = Path(cfg.out), resolve_device(cfg)
     out.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, planned = [], None
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        seed_cfg = replace(cfg, seed=seed)
-        base, fingerprint = get_base(seed_cfg, device, dtype, autocast)
+        base = None
         for context in TASKS if cfg.context == "all" else [cfg.context]:
             for method in ("cosd", "sft") if cfg.method == "all" else [cfg.method]:
-                results.append(run(seed_cfg, context, method, base, fingerprint, dtype, autocast))
+                run_cfg = replace(cfg, seed=seed, context=context).for_method(method)
+                if cfg.model:
+                    task, load_model, planned = own_model(run_cfg, device, dtype)
+                    print(planned)
+                    if cfg.dry_run:
+                        return {"results": [], "report": planned}
+                    student = load_model()
+                    fingerprint = hashlib.sha256(b"".join(p.flatten()[:8].float().numpy(force=True) for p in student.parameters())).hexdigest()[:10]
+                else:
+                    base, fingerprint = (base, fingerprint) if base else get_base(run_cfg, device, dtype, autocast)
+                    task = contexts.world_task(context, seeded(seed, context, "heldout"), seeded(seed, context, "probes"), cfg.eval_size)
+                    student = copy.deepcopy(base)
+                results.append(finished(run_cfg, fingerprint) or run(run_cfg, task, student, fingerprint, dtype, autocast))
     text = report(results, out)
     print(f"\n{text}\nWritten to {out}/: results.md, results.json, figure.png; "
-          "and for each run config.json, metrics.jsonl, samples.txt, result.json, checkpoint.pt")
+          "and for each run config.json, metrics.jsonl, samples.txt, result.json"
+          + (", export/" if cfg.model and cfg.export != "none" else "" if cfg.model else ", checkpoint.pt"))
     return {"results": results, "report": text}
 
 
@@ -639,8 +896,8 @@ def main(argv: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        print("\ntrain.py: error: out of memory: set --micro-batch 16, then --chunk 32 (the result stays the same); "
-              "or lower --batch, --d-model", file=sys.stderr)
+        print("\ntrain.py: error: out of memory: lower --micro-batch, set --chunk 32 and --checkpointing (the result stays the same); "
+              "or --lora 16, --frozen-dtype bf16, a lower --batch or --max-new-tokens; --dry-run shows what takes how much", file=sys.stderr)
         return 2
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import contexts
 import train
 from contexts import TASKS
 from train import PRESETS, Config, main, parse
@@ -26,6 +27,10 @@ SMOKE = PRESETS["smoke"]
 
 def smoke(out, **changes):
     return Config(**SMOKE | {"out": str(out), "context": "instructions", "method": "cosd", "device": "cpu"} | changes)
+
+
+def world_task(kind, size=8):
+    return contexts.world_task(kind, train.seeded(0), train.seeded(1), size)
 
 
 def final_state(out, run="instructions-cosd-seed0"):
@@ -113,7 +118,7 @@ def test_the_shared_context_is_read_once_for_b_and_c(out, monkeypatch):
         reads.clear()
         train.train(smoke(out, context=context))
         counts[context] = len(reads)
-        assert all(train.decode(ids) == f"<|system|>{TASKS[context](train.seeded(0)).context}<|user|>" for ids in reads)
+        assert all(contexts.decode(ids) == f"<|system|>{TASKS[context](train.seeded(0)).context}<|user|>" for ids in reads)
     assert counts == {"demonstrations": 0, "specification": 1, "instructions": 1, "privileged": 0}
 
 
@@ -121,9 +126,9 @@ def test_result_says_which_model_saw_what(out, monkeypatch):
     """teacher: the base with C; before: the base without; after: the tuned model without."""
     asked = []
 
-    def answers(model, prompts, cfg):
+    def answers(model, prompts, cfg, chat):
         with_context = prompts[0][0] == train.contexts.SYSTEM
-        asked.append((id(model), with_context))
+        asked.append((model.embed.weight.detach().clone(), with_context, len(prompts)))
         return ["certainly" if with_context else "plain"] * len(prompts)
 
     graded = []
@@ -131,22 +136,24 @@ def test_result_says_which_model_saw_what(out, monkeypatch):
     monkeypatch.setattr(train.contexts, "grade", lambda e, text: graded.append(text) or {"score": float(text == "certainly"), "exact": 0.0})
     (result,) = train.train(smoke(out))["results"]
     assert (result["teacher"]["score"], result["before"]["score"], result["after"]["score"]) == (1.0, 0.0, 0.0)
-    models = [model for model, _ in asked]
-    assert models[0] == models[1] != models[-1] and not asked[-1][1]
+    (base, first, _), (same_base, second, _), *later = asked
+    assert torch.equal(base, same_base) and (first, second) == (True, False)
+    after = [(weights, size) for weights, with_context, size in later if not with_context and size == 8]
+    assert len(after) == 1 and not torch.equal(after[0][0], base)                                    # the held-out prompts, tuned
 
 
 def test_methods_differ_in_who_writes(out):
     """sft: the expert; offline: the teacher, in context; gkd: λ decides; cosd: nobody yet, so the student will."""
     cfg = smoke(out, context="demonstrations")
     base, _ = train.get_base(cfg, *train.resolve_device(cfg))
-    teacher = train.Teacher(base)
-    written = {m: train.make_batch(cfg.for_method(m), "demonstrations", 0, teacher) for m in ("cosd", "sft", "offline")}
+    teacher, task = train.Teacher(base), world_task("demonstrations")
+    written = {m: train.make_batch(cfg.for_method(m), task, 0, teacher) for m in ("cosd", "sft", "offline")}
     assert written["cosd"].completion is None
-    text = [train.decode(row[m].tolist()) for row, m in zip(written["sft"].completion, written["sft"].mask)]
+    text = [contexts.decode(row[m].tolist()) for row, m in zip(written["sft"].completion, written["sft"].mask)]
     assert all(t.startswith("verily ") and t.endswith(" methinks<|end|>") for t in text)
     ids, mask = written["offline"].completion, written["offline"].mask
     assert ids.shape == mask.shape and ids.shape[0] == 4 and written["offline"].prompts == written["sft"].prompts[:4]
-    on_policy = [train.make_batch(replace(cfg, gkd_lambda=lam).for_method("gkd"), "demonstrations", s, teacher).completion is None for lam in (0.0, 0.5, 1.0) for s in range(40)]
+    on_policy = [train.make_batch(replace(cfg, gkd_lambda=lam).for_method("gkd"), task, s, teacher).completion is None for lam in (0.0, 0.5, 1.0) for s in range(40)]
     assert sum(on_policy[:40]) == 0 and 8 < sum(on_policy[40:80]) < 32 and sum(on_policy[80:]) == 40
 
 
@@ -243,12 +250,13 @@ def test_a_refused_resume_destroys_nothing(out, capsys):
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     path = tmp_path / "checkpoint.pt"
     train.save(path, {"identity": {}, "step": 1})
-    monkeypatch.setattr(Path, "write_bytes", lambda self, data: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")                                            # a disk without space
+    with pytest.raises(OSError, match="checkpoint.pt could not be written .is the disk full"):
         train.save(path, {"identity": {}, "step": 2})
-    assert train.load(path, {})["step"] == 1
+    assert train.load(path, {})["step"] == 1 and not os.path.lexists(tmp_path / "checkpoint.tmp")
+    monkeypatch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(RuntimeError("PytorchStreamWriter failed writing file")))
     assert main(["--preset", "smoke", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert "could not be written (is the disk full?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -290,7 +298,7 @@ def test_non_finite_loss_or_gradient_stops_and_keeps_the_last_good_checkpoint(ou
     (["--divergence", "policy_gradient", "--method", "offline"], "needs the student's own samples"),
     (["--divergence", "policy_gradient", "--temperature", "0.5"], "needs the student's own samples"),
     (["--device", "meta"], "choose from auto, cpu, cuda, mps"),
-    (["--d-model", "40000000"], "out of memory: set --micro-batch 16"),
+    (["--d-model", "40000000"], "out of memory: lower --micro-batch"),
     (["--beta", "1"], "use --divergence forward_kl or reverse_kl"),
     (["--d-model", "130"], "--d_model 130 / --n_head 4 must be an even whole number"),
     (["--divergence", "policy_gradient", "--top-k", "5"], "--top_k and --chunk do not apply"),
@@ -436,17 +444,20 @@ def test_drift_by_hand(out):
     """KL(base‖tuned) on the base's samples: zero for the base itself, and not symmetric."""
     cfg = smoke(out)
     base, _ = train.get_base(cfg, *train.resolve_device(cfg))
+    cfg, chat, live = cfg.for_method("cosd"), contexts.WORLD_CHAT, lambda model: train.Teacher(model, "live")
     examples = train.contexts.probes(train.seeded(0), "instructions", 8)["specification"]
-    assert train.drift(base, base, examples, cfg) == pytest.approx(0, abs=1e-7)
+    assert train.drift(live(base), live(base), examples, cfg, chat) == pytest.approx(0, abs=1e-7)
     tuned = train.copy.deepcopy(base)
     with torch.no_grad():
         tuned.norm.weight.mul_(3.0)
     prompts = [train.render(e.context, e.prompt) for e in examples]
-    ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={train.END}, generator=train.torch_generator(base.device, cfg.seed, "drift"))
+    ids, mask = base.generate(prompts, cfg.max_new_tokens, eos={contexts.END}, generator=train.torch_generator(base.device, cfg.seed, "drift"))
     values = []
     with torch.no_grad():
         for prompt, row, m in zip(prompts, ids, mask):
             whole = torch.tensor([prompt + row[m].tolist()])
             p, q = (model(whole)[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (base, tuned))
             values.append((p.exp() * (p - q)).sum(-1))
-    assert train.drift(base, tuned, examples, cfg) == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
+    drift = train.drift(live(base), live(tuned), examples, cfg, chat)
+    assert drift == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
+    assert train.drift(live(base), live(tuned), examples, replace(cfg, chunk=5), chat) == pytest.approx(drift, rel=1e-5)

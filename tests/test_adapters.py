@@ -1,0 +1,218 @@
+"""LoRA: by hand, off, merged, under the teachers, exported; gradient checkpointing; prompts that begin alike."""
+
+import json
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_gpt
+
+import model as model_module
+from cosd import Batch, Teacher, cosd_step
+from model import TARGETS, adapters_off, add_adapters, merged_copy, merged_weights
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+PROMPTS, LONGER = [[1, 2, 3], [4, 5]], [[7, 8, 9, 1, 2, 3], [7, 8, 9, 4, 5]]
+
+
+def adapted(rank=3, alpha=6.0, targets=TARGETS, **changes):
+    """A model whose adapters do something: B is zero at the start, here it is not."""
+    model = tiny_gpt(**changes)
+    add_adapters(model, rank, alpha, targets)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".A", ".B")):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.3)
+    return model.double()
+
+
+def step(model, teacher, **changes):
+    batch = Batch(PROMPTS, LONGER)
+    return cosd_step(model, teacher, batch, "forward_kl", eos=(), max_new_tokens=5, generator=torch.Generator().manual_seed(0), **changes)
+
+
+def test_a_fresh_adapter_changes_nothing_and_off_is_the_base_to_the_bit():
+    base, model = tiny_gpt(), tiny_gpt()
+    add_adapters(model, 3, 6.0)
+    assert torch.equal(model(IDS), base(IDS))
+    model = adapted()
+    assert not torch.allclose(model(IDS), base(IDS), atol=1e-2)
+    with adapters_off(model):
+        assert torch.equal(model(IDS), base(IDS))
+        with pytest.raises(RuntimeError), adapters_off(model):
+            raise RuntimeError
+        assert torch.equal(model(IDS), base(IDS))                                                   # the outer one still holds
+    assert not torch.allclose(model(IDS), base(IDS), atol=1e-2)
+
+
+def test_by_hand():
+    layer = adapted(rank=3, alpha=6.0).blocks[0].mlp.up
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    by_hand = torch.stack([torch.stack([layer.weight @ v + 6.0 / 3 * (layer.B @ (layer.A @ v)) for v in row]) for row in x])
+    torch.testing.assert_close(layer(x), by_hand)
+    torch.testing.assert_close(layer.merged().double(), layer.weight + 2.0 * layer.B @ layer.A, atol=1e-6, rtol=1e-6)   # merged in fp32
+    assert layer.A.shape == (3, 16) and layer.B.shape == (20, 3)
+
+
+def test_only_the_adapters_get_gradient():
+    model = adapted()
+    step(model, Teacher(model))
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == name.endswith((".A", ".B")), name
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_the_adapters_gradient_is_that_of_the_merged_weight(chunk):
+    """dL/dB = s dL/dW Aᵀ and dL/dA = s Bᵀ dL/dW, with dL/dW from a model without adapters that has the merged weights."""
+    model = adapted()
+    teacher, full = Teacher(model), merged_copy(model)
+    step(model, teacher, chunk=chunk)
+    step(full, teacher, chunk=chunk)
+    for mine, theirs in ((model.blocks[1].attention.q, full.blocks[1].attention.q), (model.blocks[0].mlp.down, full.blocks[0].mlp.down)):
+        torch.testing.assert_close(mine.B.grad, mine.scale * theirs.weight.grad @ mine.A.T, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(mine.A.grad, mine.scale * mine.B.T @ theirs.weight.grad, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merging(tied):
+    model = adapted(tied=tied)
+    twin = merged_copy(model)
+    torch.testing.assert_close(twin(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    assert (twin.head.weight is twin.embed.weight) == tied and twin.embed.weight.data_ptr() != model.embed.weight.data_ptr()
+    assert not any(name.endswith((".A", ".B")) for name, _ in twin.named_parameters())
+    assert [name for name, _ in merged_weights(model)] == [name for name, _ in twin.named_parameters()]
+    assert merged_copy(model, torch.bfloat16).embed.weight.dtype == torch.bfloat16
+
+
+def test_targets_and_refusals():
+    model = adapted(targets=("q", "down"))
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"q", "down"}
+    with pytest.raises(ValueError, match="adapter targets head do not exist; choose from q, k, v"):
+        add_adapters(tiny_gpt(), 2, 2.0, ["head"])
+    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+        add_adapters(tiny_gpt(), 0, 2.0)
+
+
+def test_a_frozen_teacher_of_an_adapted_student_is_the_student_with_adapters_off():
+    base, model = tiny_gpt(), adapted()
+    teacher = Teacher(model, shared=[7, 8, 9])
+    assert teacher.model is model                                                                   # no second copy
+    completion, mask = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
+    for _ in range(2):                                                                              # the second time from the cache
+        torch.testing.assert_close(teacher.states(LONGER, completion, mask), Teacher(base).states(LONGER, completion, mask))
+    assert step(model, teacher)["loss"] > 1e-3                                                      # the student has its adapters on
+    torch.manual_seed(1)
+    model.train()
+    with teacher.role() as role:
+        assert not role.training and torch.equal(role(IDS), base(IDS))
+    assert model.training
+
+
+def test_ema_is_of_the_product_not_of_the_factors():
+    model = adapted()
+    teacher = Teacher(model, "ema", ema_rate=0.25)
+    layer, path = model.blocks[0].attention.v, "blocks.0.attention.v.weight"
+    expected = layer.merged().detach().double()
+    factors = [layer.A.detach().clone(), layer.B.detach().clone()]
+    for seed in range(3):
+        with torch.no_grad():
+            for i, factor in enumerate((layer.A, layer.B)):
+                factor.add_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(10 * seed + i), dtype=torch.float64))
+                factors[i].lerp_(factor, 0.25)
+        teacher.update(model)
+        expected = 0.75 * expected + 0.25 * (layer.weight + 2.0 * layer.B @ layer.A).detach()
+    mine = dict(teacher.model.named_parameters())[path].double()
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+    assert (mine - (layer.weight + 2.0 * factors[1] @ factors[0])).abs().max() > 0.05               # what a mean of the factors would give
+    torch.testing.assert_close(teacher.model.embed.weight, model.embed.weight)
+
+
+def test_a_frozen_teacher_in_bf16_by_choice_and_ema_never():
+    model = tiny_gpt().float()
+    assert Teacher(model, dtype=torch.bfloat16).model.embed.weight.dtype == torch.bfloat16 and model.embed.weight.dtype == torch.float32
+    assert Teacher(model, "ema", dtype=torch.bfloat16).model.embed.weight.dtype == torch.float32    # its small steps would be rounded away
+    exact = Teacher(model).states(LONGER, torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2, dtype=torch.bool))
+    rounded = Teacher(model, dtype=torch.bfloat16).states(LONGER, torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2, dtype=torch.bool))
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+
+
+def test_adapters_in_fp32_over_a_bf16_base():
+    model = tiny_gpt().bfloat16()
+    add_adapters(model, 2, 4.0)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(IDS).dtype == torch.bfloat16
+    for autocast in (nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)):
+        model.zero_grad()
+        assert step(model, Teacher(model), autocast=autocast)["loss"] > 0.01
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
+
+
+def test_export_as_peft_and_merged(tmp_path):
+    from safetensors.torch import load_file
+
+    model = adapted().float()
+    model.save_pretrained(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
+    with adapters_off(model):
+        merged_copy(tiny_gpt().float()).save_pretrained(tmp_path / "base")
+    model.save_adapters(tmp_path / "adapters", base="me/base")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6.0, "me/base")
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    state = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    for key in [key for key in state if key.endswith("lora_A.weight")]:                             # what PEFT does with the file
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        theirs.get_submodule(name).weight.data += config["lora_alpha"] / config["r"] * state[key.replace("lora_A", "lora_B")] @ state[key]
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="no adapters to save"):
+        tiny_gpt().save_adapters(tmp_path)
+    gpt2 = adapted(norm="layer", positions="learned", mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, n_kv_head=4, head_dim=4)
+    with pytest.raises(ValueError, match="GPT-2 holds q, k and v in one matrix"):
+        gpt2.save_adapters(tmp_path)
+
+
+def test_peft_itself_loads_the_adapters(tmp_path):
+    pytest.importorskip("peft", reason="PEFT is not a dependency; where it is installed, it must read our file")
+    from peft import PeftModel
+
+    model = adapted().float()
+    tiny_gpt().float().save_pretrained(tmp_path / "base")
+    model.save_adapters(tmp_path / "adapters", base=str(tmp_path / "base"))
+    theirs = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapters")
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- gradient checkpointing
+@pytest.mark.parametrize("make", [tiny_gpt, adapted, lambda: tiny_gpt(dropout=0.3)])
+def test_checkpointing_gives_the_same_gradient_and_decodes_with_its_cache(make, monkeypatch):
+    grads, calls, original = [], [], model_module.checkpoint
+    monkeypatch.setattr(model_module, "checkpoint", lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or original(*args, **kwargs))
+    for on in (False, True):
+        model = make().train()
+        model.checkpointing = on
+        torch.manual_seed(3)                                                                        # the same dropout masks
+        step(model, Teacher(merged_copy(model)))
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*grads)) and len(grads[0]) == len(grads[1]) > 0
+    assert calls == [True] * 2                                                                      # once a block, in the student's pass alone
+
+
+# ------------------------------------------------------------------------------------- prompts that begin alike
+@pytest.mark.parametrize("shared", [15, 16, 40])
+def test_generate_reads_a_common_beginning_once_and_gives_the_same_tokens(gpt, shared, monkeypatch):
+    reads, original = [], type(gpt).read
+    monkeypatch.setattr(type(gpt), "read", lambda self, ids: reads.append(len(ids)) or original(self, ids))
+    start = torch.randint(23, (shared,), generator=torch.Generator().manual_seed(5)).tolist()
+    prompts = [start + [1, 2, 3], start + [4], start + [5, 6]]
+    ids, mask = gpt.generate(prompts, 8, temperature=0, eos={7})
+    assert reads == ([shared] if shared >= 16 else [])
+    for row, m, prompt in zip(ids, mask, prompts):
+        alone, _ = gpt.generate([prompt], 8, temperature=0, eos={7})
+        assert row[m].tolist() == alone[0].tolist()
+    same = [start + [1]] * 3                                                                        # identical prompts: one token must be left
+    assert torch.equal(gpt.generate(same, 4, temperature=0)[0], gpt.generate([start + [1]], 4, temperature=0)[0].expand(3, -1))
