@@ -295,6 +295,8 @@ def optimize(
         scaler.load_state_dict(state["scaler"])
         if ema:
             ema.load_state_dict(state["ema"])
+        if teacher:
+            teacher.prefix = None                                      # read before these weights were loaded
         rows = metrics.read_text().splitlines() if metrics.exists() else []
         metrics.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] < start))
     else:
@@ -828,8 +830,9 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
               ("Forgotten: unrelated text", "perplexity", around("perplexity after", "perplexity before", ""))]
     read = lambda name, method, column: [COLUMNS[column][0](r) for r in groups.get((name, method), [])] or [math.nan]
     panels = [panel for panel in panels if not all(math.isnan(read(name, *bar[2:])[0]) for name in names for bar in panel[2])]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), width_ratios=[3, *[2] * (len(panels) - 1)], constrained_layout=True)
-    for axis, (title, ylabel, shown) in zip(axes, panels):
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), width_ratios=[3, *[2] * (len(panels) - 1)], constrained_layout=True,
+                                squeeze=False)
+    for axis, (title, ylabel, shown) in zip(axes[0], panels):
         width = 0.8 / len(shown)
         for i, (label, color, method, column) in enumerate(shown):
             values = [read(name, method, column) for name in names]
@@ -845,7 +848,7 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
             axis.set(ylim=(0, 1.3), yticks=[0, 0.25, 0.5, 0.75, 1])
         elif ylabel.startswith("change"):
             axis.set_ylim(min(-0.1, *(v for name in names for m in methods for c in ("prior", "steerability") for v in read(name, m, c))) * 1.1, 0.05)
-    axes[0].legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
+    axes[0, 0].legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -1,13 +1,17 @@
-"""Two claims about cost, measured as ratios within one run on a random model:
+"""Claims about cost, measured as ratios within one run:
 
   context   the time of a COSD step with a 1000-token shared context over one with a 10-token context; read once, and re-read by every row
   chunks    peak memory and time of the chunked divergence over the plain one at V = 151,936 and 512 positions
+  generate  tokens a second of `GPT.generate` over transformers' `generate`, same weights, dtype and greedy tokens (SmolLM2)
+  step      time, its split, and peak memory of one COSD step on SmolLM2; beside TRL's SDFTTrainer where --trl-python has TRL installed
+  cards     which model fits which card, by the plan's estimate
 
-    python tests/benchmark.py              (both; about four minutes on two cores, 8 GB)
-    python tests/benchmark.py context --device cuda
+    python tests/benchmark.py context chunks       (about four minutes on two cores, 8 GB, random models)
+    python tests/benchmark.py generate step cards --model out/SmolLM2-135M-Instruct [--threads 1] [--trl-python PYTHON]
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -20,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from cosd import Batch, Teacher, chunked_divergence, cosd_step, reverse_kl
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, add_adapters
 
 V_BIG, POSITIONS, WIDTH = 151_936, 512, 512
 
@@ -99,18 +103,191 @@ def chunk_ratios(rounds: int) -> None:
             print(f"| {'frozen' if frozen else 'trained'} | {chunk or 'plain'} | {shown} |", flush=True)
 
 
+# ------------------------------------------------------------------------------------------------ a real model
+def generate_ratios(folder: str, rounds: int) -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    print(f"\ngenerate, greedy, 8 prompts x 48 new tokens, {torch.get_num_threads()} threads: tokens a second")
+    print("| dtype | prompts | ours | transformers | ratio | rows with the same tokens |\n|---|---|---|---|---|---|")
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randint(1000, 20000, shape, generator=generator)
+    shared = {"nothing in common": 0, "128 tokens in common": 128, "1000 tokens in common": 1000}
+    for dtype in (torch.float32, torch.bfloat16):
+        mine, theirs = GPT.from_pretrained(folder, dtype), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        for name, length in shared.items():
+            ids = torch.cat([draw(1, length).expand(8, -1), draw(8, 24)], dim=1)
+            calls = {
+                "ours": lambda: mine.generate(ids.tolist(), 48, temperature=0)[0],
+                "theirs": lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, min_new_tokens=48, do_sample=False)[:, ids.shape[1]:],
+            }
+            tokens, seconds = {}, {name: [] for name in calls}
+            for _ in range(rounds):
+                for who, call in calls.items():
+                    began = time.perf_counter()
+                    tokens[who] = call()
+                    seconds[who].append(time.perf_counter() - began)
+            ours, hf = (8 * 48 / statistics.median(seconds[who]) for who in ("ours", "theirs"))
+            same = (tokens["ours"] == tokens["theirs"]).all(1).sum().item()
+            print(f"| {str(dtype).removeprefix('torch.')} | {name} | {ours:.0f} | {hf:.0f} | {ours / hf:.2f} | {same} of 8 |", flush=True)
+
+
+QUESTION = "What is the capital of the country that lies north of Spain, and why?"
+
+
+def context_text(tokenizer, length: int) -> str:
+    words, text = "the old ship sails over the wide blue sea with a red flag and a loud crew ".split(), ""
+    while len(tokenizer.encode(text)) < length:
+        text += words[len(text) % len(words)] + " "
+    return text
+
+
+def our_step(folder: str, length: int, how: str, rounds: int) -> dict:
+    """One COSD step on 8 prompts x 24 new tokens, as train.py takes it."""
+    from contexts import open_chat
+    from transformers import AutoTokenizer
+
+    lora, low, checkpointing = "lora" in how, "bf16" in how, "checkpointing" in how
+    student = GPT.from_pretrained(folder, torch.bfloat16 if lora and low else torch.float32)
+    if lora:
+        add_adapters(student, 16, 32)
+    student.checkpointing = checkpointing
+    chat, tokenizer = open_chat(folder, student.config.vocab_size), AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "system", "content": context_text(tokenizer, length)}, {"role": "user", "content": QUESTION}]
+    prompts, teacher_prompts = [chat.render(None, QUESTION)] * 8, [chat.render(turns, QUESTION)] * 8
+    teacher = Teacher(student, shared=teacher_prompts[0][:length], dtype=torch.bfloat16 if low else None)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    split = dict.fromkeys(("rollout", "teacher", "student", "optimizer"), 0.0)
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                split[name] += time.perf_counter() - began
+        return call
+
+    student.generate, teacher.states = timed("rollout", student.generate), timed("teacher", teacher.states)
+    seconds = []
+    for round_ in range(rounds + 1):
+        if round_ == 1:
+            split.update(dict.fromkeys(split, 0.0))                                  # round 0 warms up
+        began = time.perf_counter()
+        cosd_step(student, teacher, Batch(prompts, teacher_prompts), "reverse_kl", eos=(), max_new_tokens=24, chunk=32,
+                  generator=torch.Generator().manual_seed(round_), autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=low))
+        timed("optimizer", optimizer.step)()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+    split["student"] = sum(seconds[1:]) - sum(split.values())
+    return {"seconds": statistics.median(seconds[1:]), "peak": resident_bytes("VmHWM"), "split": {k: v / rounds for k, v in split.items()}}
+
+
+def trl_step(folder: str, length: int, how: str, rounds: int) -> dict:
+    """The same run as a script for TRL's SDFTTrainer: re-reads the context, projects every position of the completion in full."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    rows = [{"prompt": [{"role": "user", "content": QUESTION}], "privileged_context": context_text(tokenizer, length)}] * 8 * (rounds + 1)
+    config = SDFTConfig(
+        output_dir="out/trl", per_device_train_batch_size=8, num_generations=1, max_steps=rounds + 1, max_prompt_length=None, max_completion_length=24,
+        distillation_mode="full_logits", distillation_alpha=1.0, learning_rate=1e-6, report_to="none", save_strategy="no", use_cpu=True, bf16="bf16" in how,
+        gradient_checkpointing=False, disable_tqdm=True, generation_kwargs={"min_new_tokens": 24})
+    began, seconds = 0.0, []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            nonlocal began
+            began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(time.perf_counter() - began)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    SDFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]).train()
+    return {"seconds": statistics.median(seconds[1:]), "peak": resident_bytes("VmHWM")}
+
+
+def step_ratios(folder: str, rounds: int, threads: int, trl_python: str | None) -> None:
+    """Each case in a process of its own; they take turns within this one run."""
+    cases = [("ours", how, length) for how in ("fp32", "bf16", "bf16 checkpointing", "bf16 lora") for length in (125, 1000)]
+    if trl_python:
+        cases = [("trl", how, length) for how in ("fp32", "bf16") for length in (125, 1000)] + cases
+    print(f"\nOne step, SmolLM2-135M, 8 prompts x 24 new tokens, {threads} threads, median of {rounds}; bf16 is autocast over fp32 weights,"
+          "\nthe frozen teacher (under LoRA: the base) in bf16")
+    print("| who | how | context | s a step | over the first row | peak GB | over the first row | rollout / teacher / student / optimizer |\n|---|---|---|---|---|---|---|---|")
+    first = None
+    for who, how, length in cases:
+        command = [trl_python if who == "trl" else sys.executable, __file__, f"measure-{who}", how, str(length), "--model", folder, "--rounds", str(rounds)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
+        child = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if child.returncode:
+            print(f"| {who} | {how} | {length} | failed: {child.stderr.strip().splitlines()[-1]} |")
+            continue
+        m = json.loads(child.stdout.strip().splitlines()[-1])
+        first = first or m
+        split = " / ".join(f"{v:.2f}" for v in m["split"].values()) if "split" in m else ""
+        print(f"| {who} | {how} | {length} | {m['seconds']:.1f} | {m['seconds'] / first['seconds']:.2f} | {m['peak'] / 1e9:.2f} | {m['peak'] / first['peak']:.2f} | {split} |", flush=True)
+
+
+CARDS = {                                                                            # shapes from the models' published configs
+    "SmolLM2-135M": GPTConfig(49152, 30, 576, 9, 3, 64, 1536, 8192),
+    "SmolLM2-360M": GPTConfig(49152, 32, 960, 15, 5, 64, 2560, 8192),
+    "Qwen2.5-0.5B": GPTConfig(151936, 24, 896, 14, 2, 64, 4864, 32768, qkv_bias=True),
+    "Llama-3.2-1B": GPTConfig(128256, 16, 2048, 32, 8, 64, 8192, 131072),
+    "SmolLM2-1.7B": GPTConfig(49152, 24, 2048, 32, 32, 64, 8192, 8192),
+    "Qwen2.5-1.5B": GPTConfig(151936, 28, 1536, 12, 2, 128, 8960, 32768, qkv_bias=True),
+    "Qwen2.5-3B": GPTConfig(151936, 36, 2048, 16, 2, 128, 11008, 32768, qkv_bias=True),
+    "Llama-3.2-3B": GPTConfig(128256, 28, 3072, 24, 8, 128, 8192, 131072),
+    "Llama-3.1-8B": GPTConfig(128256, 32, 4096, 32, 8, 128, 14336, 131072, tied=False),
+}
+
+
+def cards() -> None:
+    from train import Config, plan
+
+    print("\nEstimated peak, GB, and the smallest of 16, 24 and 80 GB cards that holds it with a tenth to spare; 8 prompts of 100 tokens with 256 new ones, "
+          "bf16 autocast, chunk 32, frozen teacher in bf16")
+    print("| model | parameters | all weights | all, --checkpointing | --lora 16 | --lora 16 --checkpointing |\n|---|---|---|---|---|---|")
+    common = dict(model="x", context="instructions", prompts="x", method="cosd", max_new_tokens=256, frozen_dtype="bf16")
+    for name, shape in CARDS.items():
+        row = []
+        for changes in ({}, {"checkpointing": True}, {"lora": 16}, {"lora": 16, "checkpointing": True}):
+            peak = plan(Config(**common | changes).for_method("cosd"), shape, torch.bfloat16, 100, 100)["peak"] / 1e9
+            card = next((f"{size} GB" for size in (16, 24, 80) if 1.1 * peak <= size), "none")
+            row.append(f"{peak:.1f} ({card})")
+        print(f"| {name} | {shape.n_params() / 1e9:.2f} B | {' | '.join(row)} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", nargs="*", default=["context", "chunks"], help="context, chunks (default: both)")
+    parser.add_argument("what", nargs="*", default=["context", "chunks"], help="context, chunks (default: both), generate, step, cards")
+    parser.add_argument("--model", default="out/SmolLM2-135M-Instruct", help="folder of a checkpoint, for generate and step")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--trl-python", help="a Python interpreter that has TRL, for step")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.what[0] == "measure":
         measure_chunk(int(options.what[1]), options.what[2] == "1", options.rounds)
+    elif options.what[0] in ("measure-ours", "measure-trl"):
+        measure = our_step if options.what[0] == "measure-ours" else trl_step
+        print(json.dumps(measure(options.model, int(options.what[2]), options.what[1], options.rounds)))
     else:
-        if unknown := set(options.what) - {"context", "chunks"}:
-            parser.error(f"unknown benchmark: {', '.join(unknown)}; choose from context, chunks")
+        known = ("context", "chunks", "generate", "step", "cards")
+        if unknown := set(options.what) - set(known):
+            parser.error(f"unknown benchmark: {', '.join(unknown)}; choose from {', '.join(known)}")
+        if options.threads:
+            torch.set_num_threads(options.threads)
         if "context" in options.what:
             context_ratios(options.device, options.rounds)
         if "chunks" in options.what:
             chunk_ratios(options.rounds)
+        if "generate" in options.what:
+            generate_ratios(options.model, options.rounds)
+        if "step" in options.what:
+            step_ratios(options.model, options.rounds, options.threads or torch.get_num_threads(), options.trl_python)
+        if "cards" in options.what:
+            cards()

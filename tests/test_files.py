@@ -1,0 +1,383 @@
+"""Your own model and files: chat templates, tokenizers, contexts, templates, shots, scores; what is wrong is said with file and line."""
+
+import json
+import random
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import CHATML, ROOT, tiny_checkpoint
+
+import contexts
+import train
+from contexts import TEMPLATES, BadInput, file_task, final_number, make_scorer, open_chat, read_context, read_prompts
+from train import Config, main
+
+ROWS = [{"prompt": f"What is {a}?", "answer": str(a), "demonstration": f"It is {a}.", "solution": f"{a} = {a}"} for a in range(20, 36)]
+PIRATE = [{"role": "system", "content": "Be a pirate."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Arr!"}]
+
+
+def lines(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "pirate.json").write_text(json.dumps(PIRATE))
+    (tmp_path / "spec.md").write_text("# Rules\n\nNever {say} no.\n")
+    (tmp_path / "text.txt").write_text("A plain text.\n\nWith two paragraphs.")
+    lines(tmp_path / "train.jsonl", ROWS)
+    lines(tmp_path / "heldout.jsonl", [row | {"prompt": row["prompt"].replace("What is", "Tell me")} for row in ROWS[:6]])
+    return tmp_path
+
+
+def config(files, checkpoint, context, **changes):
+    paths = dict(prompts=str(files / "train.jsonl"), heldout=str(files / "heldout.jsonl"), model=checkpoint, out=str(files / "out"))
+    if context in ("specification", "instructions"):
+        paths["context_file"] = str(files / ("spec.md" if context == "specification" else "pirate.json"))
+    return Config(**dict(context=context, method="cosd", max_new_tokens=8, device="cpu", steps=2, batch=2) | paths | changes)
+
+
+def task_of(cfg, checkpoint):
+    return file_task(cfg.for_method("cosd"), open_chat(checkpoint, 264), 512, 128)
+
+
+def texts(task, example):
+    """(what the student reads, what the teacher reads)"""
+    return [task.chat.decode(task.chat.render(context, example.prompt)) for context in (None, example.context)]
+
+
+def turn(role, content):
+    return f"<|im_start|>{role}\n{content}<|im_end|>\n"
+
+
+HEADER = "<|im_start|>assistant\n"
+
+
+# ---------------------------------------------------------------------------------- what student and teacher read
+def test_a_own_demonstration_is_sdfts_template(files, checkpoint):
+    task = task_of(config(files, checkpoint, "demonstrations", demonstrations="own"), checkpoint)
+    student, teacher = texts(task, task.heldout[0])
+    assert student == turn("user", "Tell me 20?") + HEADER
+    assert teacher == turn("user", "Tell me 20?\n\nThis is an example for a response to the question:\nIt is 20.\n\n"
+                                   "Now answer with a response of your own, including the thinking process.") + HEADER
+
+
+def test_a_pool_shows_k_others_and_never_the_prompts_own(files, checkpoint):
+    task = task_of(config(files, checkpoint, "demonstrations", shots=3), checkpoint)
+    seen, rng = set(), random.Random(0)
+    for example in [task.draw(rng) for _ in range(60)]:
+        student, teacher = texts(task, example)
+        asked = re.findall(r"user\n(.*?)<", teacher)
+        assert len(asked) == 4 and len(set(asked)) == 4 and asked[-1] == example.prompt and teacher.endswith(student)
+        assert re.findall(r"assistant\n(It is \d+\.)<", teacher) == [f"It is {q[8:10]}." for q in asked[:3]]
+        seen |= set(asked[:3])
+    assert len(seen) == 16 and all(q.startswith("What is") for q in seen)                           # the held-out ones are never shown
+    four = task_of(config(files, checkpoint, "demonstrations"), checkpoint)
+    assert [text.count("user") for text in texts(four, four.heldout[0])] == [1, 5]                  # four is the default
+
+
+def test_b_specification_with_deliberation(files, checkpoint):
+    task = task_of(config(files, checkpoint, "specification"), checkpoint)
+    student, teacher = texts(task, task.heldout[0])
+    system = "# Rules\n\nNever {say} no.\n\nBefore you answer, say which of these rules applies to the request, if any. Then act on it."
+    assert teacher == turn("system", system) + student and student == turn("user", "Tell me 20?") + HEADER
+
+
+def test_c_turns_traces_and_a_context_of_ones_own(files, checkpoint):
+    task = task_of(config(files, checkpoint, "instructions"), checkpoint)
+    student, teacher = texts(task, task.heldout[0])
+    assert teacher == turn("system", "Be a pirate.") + turn("user", "Hi") + turn("assistant", "Arr!") + student
+    assert task.chat.decode(task.shared).startswith(turn("system", "Be a pirate.") + turn("user", "Hi") + turn("assistant", "Arr!"))
+    lines(files / "traces.jsonl", [{"prompt": "1+1?", "solution": "2"}, {"prompt": "2+2?", "answer": "4"}])
+    traced = task_of(config(files, checkpoint, "instructions", context_file=str(files / "traces.jsonl")), checkpoint)
+    assert turn("system", "Problems that were solved before, and how:\n\nProblem: 1+1?\nSolution: 2\n\nProblem: 2+2?\nSolution: 4\n\n"
+                          "Use what they teach.") in texts(traced, traced.heldout[0])[1]
+    lines(files / "heldout.jsonl", [{"prompt": "x", "context": "Mine."}, {"prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "y"}]}])
+    mine = task_of(config(files, checkpoint, "instructions"), checkpoint)
+    assert texts(mine, mine.heldout[0])[1] == turn("system", "Mine.") + turn("user", "x") + HEADER
+    assert texts(mine, mine.heldout[1])[0] == turn("system", "S") + turn("user", "y") + HEADER      # a prompt with a system turn of its own
+    assert texts(mine, mine.heldout[1])[1].startswith(turn("system", "Be a pirate.\n\nS") + turn("user", "Hi"))
+
+
+def test_d_solution_and_shots_in_the_same_form(files, checkpoint):
+    task = task_of(config(files, checkpoint, "privileged", shots=1), checkpoint)
+    student, teacher = texts(task, task.heldout[0])
+    dressed = lambda q, s: f"{q}\n\nThe verified solution is:\n{s}\n\nNow work out the answer in your own words."
+    shown = re.search(r"What is (\d+)\?", teacher)[1]
+    assert teacher == (turn("user", dressed(f"What is {shown}?", f"{shown} = {shown}")) + turn("assistant", f"It is {shown}.")
+                       + turn("user", dressed("Tell me 20?", "20 = 20")) + HEADER)
+    assert "20 =" not in student
+
+
+def test_a_template_of_ones_own_and_braces_in_the_data(files, checkpoint):
+    (files / "mine.txt").write_text("[{solution}] {prompt}")
+    lines(files / "heldout.jsonl", [{"prompt": "{solution} {prompt}", "answer": "{prompt}"}])
+    task = task_of(config(files, checkpoint, "privileged", template=str(files / "mine.txt")), checkpoint)
+    assert texts(task, task.heldout[0])[1] == turn("user", "[{prompt}] {solution} {prompt}") + HEADER
+
+
+def test_every_eighth_line_is_held_out_by_default(files, checkpoint):
+    task = task_of(config(files, checkpoint, "instructions", heldout=None), checkpoint)
+    held = [e.prompt for e in task.heldout]
+    drawn = {task.draw(random.Random(i)).prompt for i in range(300)}
+    assert held == ["What is 27?", "What is 35?"] and len(drawn) == 14 and not drawn & set(held)
+
+
+# ---------------------------------------------------------------------------------------------- tokens and their ends
+def test_all_end_tokens_of_the_generation_config_end_a_completion(tmp_path):
+    chat = open_chat(str(tiny_checkpoint(tmp_path, eos=[256, 5])), 264)
+    assert chat.ends == {256, 5, 257} and chat.end == 257
+
+
+def test_plain_format_without_a_chat_template(tmp_path, files):
+    folder = str(tiny_checkpoint(tmp_path / "base", template=None))
+    chat = open_chat(folder, 264)
+    assert chat.decode(chat.render(None, "Hi?")) == "Question: Hi?\n\nAnswer:"
+    assert chat.decode(chat.render(PIRATE + [{"role": "user", "content": "Hi?"}], "Hi?")) == "Be a pirate.\n\nQuestion: Hi\n\nAnswer: Arr!\n\nQuestion: Hi?\n\nAnswer:"
+    assert chat.decode(chat.encode("Yes")) == " Yes"
+
+
+def test_gpt2_through_tiktoken(tmp_path):
+    """The checkpoint's merges.txt and vocab.json, read by tiktoken, give transformers' own token ids."""
+    alphabet = transformers.models.gpt2.tokenization_gpt2.bytes_to_unicode() if hasattr(transformers.models.gpt2.tokenization_gpt2, "bytes_to_unicode") else None
+    if alphabet is None:
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+        alphabet = bytes_to_unicode()
+    merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or"]
+    tokens = [alphabet[b] for b in (*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173)]
+    tokens += [merge.replace(" ", "") for merge in merges] + ["<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    theirs = transformers.GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    chat = open_chat(str(tmp_path), len(tokens), gpt2=True)
+    for text in ("hello world, hello", " 1+1=2\n\n  tabs\t", "naïve café ☕"):
+        assert chat.encode(text) == theirs.encode(" " + text) and chat.decode(chat.encode(text)) == " " + text
+    assert chat.ends == {len(tokens) - 1} and chat.render(None, "hello") == theirs.encode("Question: hello\n\nAnswer:")
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+@pytest.mark.parametrize("spec, text, answer, expected", [
+    ("exact", " foxes \n", "foxes", 1), ("exact", "Foxes", "foxes", 0), ("exact", "foxes …", "foxes", 0),
+    ("contains", "The answer is PARIS.", "Paris", 1), ("contains", "Lyon", "Paris", 0),
+    ("regex", "it is 42", r"\b4\d\b", 1), ("regex", "it is 142", r"\b4\d\b", 0),
+    ("number", "so 1,234.50 in all", "#### 1234.5", 1), ("number", "12 + 30 = 42", "42", 1), ("number", "42, no, 43", "42", 0), ("number", "none", "42", 0),
+    ("contains:arr", "ARR matey", "", 1), ("regex:^A.*y$", "Arr matey", "", 1), ("regex:^A.*x$", "Arr matey", "", 0),
+])
+def test_scores(spec, text, answer, expected):
+    row = {"answer": answer, "where": "f:1"} if answer else {"where": "f:1"}
+    assert make_scorer(spec, [row])(text, row) == expected
+    assert make_scorer("none", [row]) is None and final_number("-3 and -4,000") == -4000
+
+
+def test_a_python_function_scores_and_its_failures_name_it(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def short(text, row):\n    return len(text) < row['limit']\ndef broken(text, row):\n    return 1 / 0\n")
+    row = {"limit": 5, "where": "f:7"}
+    assert [make_scorer(f"{path}:short", [row])(text, row) for text in ("abc", "abcdefg")] == [1.0, 0.0]
+    with pytest.raises(BadInput, match=r"broken\('x', ...\) fails for f:7: ZeroDivisionError"):
+        make_scorer(f"{path}:broken", [row])("x", row)
+
+
+def test_the_pirate_score_is_not_taken_in_by_degenerate_answers():
+    sys.path.insert(0, str(ROOT / "notebooks" / "data"))
+    from pirate import score
+
+    assert score("Arr, matey! Italy be Rome, the capital of the world.", {})
+    for degenerate in ("aye aye aye", "Arr, aye, aye, aye, aye, aye, aye, aye, a …", "arr matey ahoy ship sea", "The sea is salty because of the ship.",
+                       "", "Arr, why, matey, why, why, why, why, why, why, why, why, why …", "Rome is the capital of Italy."):
+        assert not score(degenerate, {}), degenerate
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+def bad(files, name, content):
+    path = files / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+CASES = [
+    ("not JSON", '{"prompt": "a"}\n{"prompt": "b",}\n', {}, "train.jsonl:2: not valid JSON: "),
+    ("a list", '["a"]\n', {}, 'train.jsonl:1: each line must be a JSON object with a "prompt", not list'),
+    ("no prompt", '{"promt": "a"}\n', {}, 'train.jsonl:1: no "prompt"; the line has promt'),
+    ("empty prompt", '\n{"prompt": " "}\n', {}, 'train.jsonl:2: "prompt" is empty'),
+    ("wrong type", '{"prompt": 3}\n', {}, 'train.jsonl:1: "prompt" must be text or chat turns, not int'),
+    ("answer a number", '{"prompt": "a", "answer": 3}\n', {}, 'train.jsonl:1: "answer" must be text, not int'),
+    ("empty file", " \n", {}, "train.jsonl: the file is empty"),
+    ("not UTF-8", b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', {}, "train.jsonl:2: not UTF-8 text (byte 0xe9)"),
+    ("chat without user", '{"prompt": [{"role": "assistant", "content": "a"}]}\n', {}, "user and assistant must alternate, user first"),
+    ("chat ends wrongly", '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n', {}, "the last turn must be the user's"),
+    ("chat with a bad role", '{"prompt": [{"role": "robot", "content": "a"}]}\n', {}, 'turn 1 needs a "role" (system, user, assistant)'),
+    ("too few", '{"prompt": "a"}\n', dict(heldout=None), "1 prompts are too few to hold out every eighth"),
+    ("missing file", None, dict(prompts="nowhere.jsonl"), "No such file or directory: 'nowhere.jsonl'"),
+    ("no context", None, dict(context_file=None), "train.jsonl:1: no context: give --context-file"),
+    ("context ends with user", None, dict(context_file='c.json=[{"role": "user", "content": "a"}]'), "c.json: a context ends with the assistant's turn"),
+    ("context not JSON", None, dict(context_file="c.json=[\n{]"), "c.json:2: not valid JSON"),
+    ("trace without solution", None, dict(context_file='c.jsonl={"prompt": "a"}'), 'c.jsonl:1: a past problem needs a "prompt" in text and a "solution"'),
+    ("too long", None, dict(context_file="c.txt=" + "x" * 600), "shorten the context, or lower --max_new_tokens"),
+    ("no demonstration", '{"prompt": "a"}\n{"prompt": "b"}\n', dict(context="demonstrations", demonstrations="own"), 'train.jsonl:1: --demonstrations own needs a "demonstration"'),
+    ("small pool", '{"prompt": "a", "answer": "b"}\n', dict(context="demonstrations"), "--shots 4 needs more than 4 lines"),
+    ("no solution", '{"prompt": "a"}\n', dict(context="privileged"), "train.jsonl:1: the context of type privileged is each line's"),
+    ("nothing to imitate", '{"prompt": "a"}\n', dict(method="sft"), "train.jsonl:1: --method sft needs something to imitate"),
+    ("no answer to score", None, dict(score="exact", heldout='h.jsonl={"prompt": "a"}'), 'h.jsonl:1: --score exact needs an "answer"'),
+    ("no number", None, dict(score="number", heldout='h.jsonl={"prompt": "a", "answer": "b"}'), "h.jsonl:1: --score number, but there is no number"),
+    ("bad pattern", None, dict(score="regex:("), "heldout.jsonl:1: not a regular expression"),
+    ("unknown score", None, dict(score="vibes"), "--score 'vibes': choose from none, exact, contains"),
+    ("score without file", None, dict(score="gone.py:f"), "there is no file gone.py"),
+    ("score that does not load", None, dict(score="s.py=1/0:f"), "fails when it is loaded: ZeroDivisionError"),
+    ("score without function", None, dict(score="s.py=x = 1:f"), "has no function f"),
+    ("template without its place", None, dict(template="t.txt=nothing"), "t.txt: a template for instructions needs {context}"),
+    ("template for a pool", None, dict(context="demonstrations", template="t.txt={prompt}"), "--template is not used with --demonstrations pool"),
+    ("no such model", None, dict(model="/nowhere/model"), "--model /nowhere/model: "),
+    ("anchors without file", None, dict(anchors=0.5), "--anchors needs --anchor_file"),
+    ("adapters without rank", None, dict(export="adapters"), "--export adapters needs --lora RANK"),
+    ("unknown target", None, dict(lora=2, lora_targets="q,z"), "--lora_targets z: choose from q,k,v"),
+]
+
+
+@pytest.mark.parametrize("prompts, changes, message", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_bad_input_is_one_line_with_file_and_line_number(files, checkpoint, capsys, prompts, changes, message):
+    if prompts is not None:
+        bad(files, "train.jsonl", prompts)
+    flags = dict(model=checkpoint, context="instructions", method="cosd", prompts=str(files / "train.jsonl"), heldout=str(files / "heldout.jsonl"),
+                 context_file=str(files / "pirate.json"), steps="1", batch="2", max_new_tokens="4", out=str(files / "out"), device="cpu")
+    for name, value in changes.items():
+        if isinstance(value, str) and "=" in value and not value.startswith("regex"):               # "c.json=content" writes a file first
+            file, _, content = value.partition("=")
+            content, tail = content.rsplit(":", 1) if name == "score" else (content, "")
+            value = bad(files, file, content) + (f":{tail}" if tail else "")
+        flags[name] = value
+    argv = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    assert main(argv) == 2
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert message in captured[-1] and "Traceback" not in "".join(captured)
+    assert not list((files / "out").glob("*/checkpoint.pt"))
+
+
+def test_too_long_says_by_how_many_tokens(files, checkpoint):
+    cfg = config(files, checkpoint, "instructions", max_new_tokens=100)
+    task = task_of(replace(cfg, max_new_tokens=8), checkpoint)
+    longest = max(len(task.chat.render(task.draw(random.Random(i)).context, "")) for i in range(20))
+    with pytest.raises(BadInput, match=rf"prompt with context \({longest} tokens\) and 460 new tokens exceed the model's 512 positions by {longest + 460 - 512}:"):
+        task_of(replace(cfg, max_new_tokens=460), checkpoint)
+
+
+def test_the_world_takes_no_files_and_a_model_needs_them(capsys):
+    assert main(["--prompts", "x.jsonl"]) == 2 and "--prompts needs --model" in capsys.readouterr().err
+    assert main(["--model", "x"]) == 2 and "--model needs --context (one type) and --prompts FILE" in capsys.readouterr().err
+
+
+def test_prompts_in_both_sets_are_a_warning(files, checkpoint, capsys):
+    lines(files / "heldout.jsonl", ROWS[3:5])
+    task_of(config(files, checkpoint, "instructions"), checkpoint)
+    err = capsys.readouterr().err
+    assert "warning: 2 held-out prompts are also trained on, the first at" in err and "heldout.jsonl:1" in err and "train.jsonl:4" in err
+
+
+@pytest.mark.parametrize("template, message", [
+    (CHATML.replace("{% for", "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for", 1), "refuses this chat (System role not supported)"),
+    (CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"), "drops a system turn"),
+])
+def test_a_chat_template_without_a_system_role(tmp_path, files, template, message):
+    folder = str(tiny_checkpoint(tmp_path / "model", template=template))
+    with pytest.raises(BadInput, match=re.escape(message)):
+        task_of(config(files, folder, "instructions"), folder)
+    (files / "turns.json").write_text(json.dumps(PIRATE[1:]))                                       # what the message advises
+    assert task_of(config(files, folder, "instructions", context_file=str(files / "turns.json")), folder).heldout
+
+
+def test_a_tokenizer_that_does_not_match_the_weights(checkpoint):
+    for vocabulary in (257, 400):
+        with pytest.raises(BadInput, match=f"the tokenizer has 258 tokens, the weights have {vocabulary}: they do not belong together"):
+            open_chat(checkpoint, vocabulary)
+
+
+def test_an_unsupported_architecture_is_refused_by_name(tmp_path, files, capsys):
+    transformers.BertConfig(vocab_size=10).save_pretrained(tmp_path / "bert")
+    flags = ["--model", str(tmp_path / "bert"), "--context", "instructions", "--prompts", str(files / "train.jsonl"), "--context-file", str(files / "pirate.json")]
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 2
+    assert "bert: this architecture is not supported. Supported: gpt2, llama" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.parametrize("changes", [
+    dict(context="demonstrations", score="contains"), dict(context="demonstrations", demonstrations="own", method="sft"), dict(context="specification", teacher="ema", lora=2),
+    dict(context="instructions", lora=2, frozen_dtype="bf16", dtype="bf16", checkpointing=True, export="adapters"), dict(context="instructions", schedule="cosine", micro_batch=1),
+    dict(context="instructions", teacher="live", schedule="constant"), dict(context="privileged", method="offline", lora=4, lora_targets="q,v"), dict(context="instructions", method="all"),
+    dict(context="instructions", frozen_dtype="bf16", anchors=0.5), dict(context="privileged", method="gkd", gkd_lambda=0.5, export="none"),
+])
+def test_every_choice_runs_and_its_export_answers_as_the_student_does(files, checkpoint, changes):
+    if changes.get("anchors"):
+        changes = changes | dict(anchor_file=lines(files / "anchors.jsonl", [{"prompt": "Hello."}, {"prompt": "Bye.", "context": "Be brief."}]))
+    cfg = config(files, checkpoint, **dict(unrelated=str(files / "text.txt")) | changes)
+    kept, original = {}, train.after_training
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "after_training", lambda base, tuned, *rest: kept.update({rest[2].method: tuned.model}) or original(base, tuned, *rest))
+        story = train.train(cfg)
+    for result in story["results"]:
+        assert {"teacher", "before", "after", "kl_before", "kl_after", "perplexity_before", "perplexity_after"} <= result.keys() and len(result["samples"]) >= 4
+        assert ("drift" in result) == bool(changes.get("anchors")) and result["kl_before"] >= 0
+        folder = Path(cfg.out) / f"{cfg.context}-{result['method']}-seed0"
+        assert not (folder / "checkpoint.pt").exists() and (folder / "result.json").exists()
+        export = folder / "export"
+        if cfg.export == "merged":
+            student, theirs = kept[result["method"]], transformers.AutoModelForCausalLM.from_pretrained(export)
+            ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(export).apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]])
+            with torch.no_grad():
+                torch.testing.assert_close(theirs(ids).logits, student(ids), rtol=1e-3, atol=1e-4)
+            assert theirs.generation_config.eos_token_id == [257]
+        assert export.exists() == (cfg.export != "none") and (export / "adapter_config.json").exists() == (cfg.export == "adapters")
+    assert "| KL before | KL after |" in story["report"] and "teacher, with C" in story["report"]
+
+
+def test_a_run_with_adapters_is_resumed_to_the_same_bits(files, checkpoint, monkeypatch):
+    cfg = config(files, checkpoint, "instructions", lora=2, steps=6, save_every=2, teacher="ema", export="adapters")
+    train.train(replace(cfg, out=str(files / "whole")))
+    original, calls = train.cosd_step, []
+
+    def cosd_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "cosd_step", cosd_step)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cfg)
+    run = Path(cfg.out) / "instructions-cosd-seed0"
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 2 and all(name.endswith((".A", ".B")) for name in state["model"])       # small: the adapters alone
+    train.train(replace(cfg, resume=True))
+    adapters = [(Path(out) / "instructions-cosd-seed0/export/adapter_model.safetensors").read_bytes() for out in (cfg.out, files / "whole")]
+    assert adapters[0] == adapters[1]
+    with pytest.raises(BadInput, match="another configuration: files"):                             # the same names, another content
+        (files / "pirate.json").write_text(json.dumps(PIRATE[:1]))
+        train.train(replace(cfg, resume=True))
+
+
+def test_dry_run_prints_the_plan_and_loads_no_weights(files, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(train.GPT, "from_pretrained", None)
+    assert train.train(config(files, checkpoint, "instructions", dry_run=True, lora=4))["results"] == []
+    out = capsys.readouterr().out
+    assert "M parameters" in out and "of which" in out and "memory, estimated, GB: weights" in out
+    assert not list((files / "out").iterdir())
+
+
+def test_the_shipped_files_are_sound(checkpoint):
+    """64 to 128 prompts for each type, train and held out apart, all readable."""
+    data = ROOT / "notebooks" / "data"
+    for name, field in (("questions", None), ("plurals", "answer"), ("requests", "answer"), ("sums", "solution")):
+        rows, heldout = read_prompts(str(data / f"{name}.jsonl")), read_prompts(str(data / f"{name}-heldout.jsonl"))
+        prompts = [row["prompt"] for row in rows + heldout]
+        assert 64 <= len(rows) <= 128 and len(heldout) >= 32 and len(set(prompts)) == len(prompts)
+        assert field is None or all(row[field] for row in rows + heldout)
+    for name in ("pirate", "policy"):
+        assert read_context(str(data / f"{name}.json"))[0]["role"] == "system"
+    assert all(eval(row["prompt"][8:-1]) == int(row["answer"]) for row in read_prompts(str(data / "sums.jsonl")))
+    assert set(TEMPLATES) == set(contexts.TASKS)
