@@ -174,22 +174,25 @@ class ChunkedDivergence(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(student_hidden) if wants_hidden else None   # (n, D)
         grad_head = torch.zeros_like(student_head) if wants_head else None         # (V, D)
+        kind = student_hidden.device.type
+        if torch.is_autocast_enabled(kind):                                        # cast the heads once, not for every chunk
+            head, teacher_head = (w.to(torch.get_autocast_dtype(kind)) for w in (student_head, teacher_head))
+        else:
+            head = student_head
         scale = weights.abs().max().clamp(min=1e-30)                               # in fp16, w · (Q − P) would underflow
         per_token = []
         for i in range(0, len(weights), chunk):
             h_s, h_t, w = (x[i : i + chunk] for x in (student_hidden, teacher_hidden, weights))
-            student_logits = F.linear(h_s, student_head).requires_grad_(wants_hidden or wants_head)   # (chunk, V)
+            student_logits = F.linear(h_s, head).requires_grad_(wants_hidden or wants_head)   # (chunk, V)
             with torch.enable_grad():
                 d = divergence(student_logits, F.linear(h_t, teacher_head))        # (chunk,)
                 if wants_hidden or wants_head:
                     (g,) = torch.autograd.grad(d, student_logits, w / scale)       # (chunk, V)
             del student_logits
             if wants_hidden:
-                grad_hidden[i : i + chunk] = g @ student_head.to(g.dtype)
-            if wants_head and g.dtype == grad_head.dtype:
-                grad_head.addmm_(g.T, h_s.to(g.dtype))                             # in place: no second (V, D)
-            elif wants_head:
-                grad_head += g.T @ h_s.to(g.dtype)
+                grad_hidden[i : i + chunk] = g @ head.to(g.dtype)
+            if wants_head:
+                grad_head.addmm_(g.T.to(grad_head.dtype), h_s.to(grad_head.dtype)) # in place: no second (V, D)
             per_token.append(d.detach())
         per_token = torch.cat(per_token)
         ctx.save_for_backward(grad_hidden, grad_head, scale)
@@ -303,7 +306,10 @@ def completion_states(
 
     The logit at position t predicts token t + 1: for a prompt of L tokens, completion token j is predicted at L − 1 + j.
     Prompt positions and padding never reach the vocabulary; the last token (EOS) is predicted but need not be read.
+    What all prompts begin with is read once, with its gradient. `prefix` continues a context that was read before.
     """
+    if prefix is None:
+        prefix, prompts = model.read_common(prompts)
     read = [list(p) + c[: n - 1] for p, c, n in zip(prompts, completion.tolist(), mask.sum(1).tolist())]
     ids = pad_right(read).to(model.device)                             # (B, T)
     cache = KVCache(model.config, *ids.shape, prefix) if prefix else None

@@ -106,11 +106,13 @@ class GPTConfig:
 
 # ---------------------------------------------------------------------------------------------- KV cache
 class KVCache:
-    """Keys and values of what has been read, for decoding and scoring without gradients.
+    """Keys and values of what has been read, for decoding and for continuing what several rows share.
 
     Row b's token at position p lies in slot p; a query at position p sees the slots <= p. So whatever lies
     beyond a row's own position (padding, say) is invisible, and is overwritten as the row grows.
     `prefix` is another cache of a single row (see `GPT.read`); the slots then count from its end.
+    Growing a cache writes in place, without gradient. One that is filled by a single call keeps that call's own tensors:
+    gradient flows through them, also from the rows into a shared prefix.
     """
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, prefix: KVCache | None = None):
@@ -123,12 +125,15 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         """Store this call's k, v (B, K, T, E) in `slots` (B, T), then attend q (B, H, T, E) to all visible slots."""
-        if self.keys[layer] is None:
-            shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
-            self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]      # (B, 1)
-        self.keys[layer][rows, :, slots] = k.transpose(1, 2)           # (B, T, K, E)
-        self.values[layer][rows, :, slots] = v.transpose(1, 2)
+        if k.shape[2] == self.capacity:
+            self.keys[layer], self.values[layer] = k, v
+        else:
+            if self.keys[layer] is None:
+                shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
+                self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+            self.keys[layer][rows, :, slots] = k.transpose(1, 2)       # (B, T, K, E)
+            self.values[layer][rows, :, slots] = v.transpose(1, 2)
         keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
         visible = torch.arange(self.used, device=k.device) <= slots[..., None]   # (B, T, S)
         if self.prefix is None:
@@ -288,7 +293,8 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> states after the final norm (B, T, D): `head` turns the chosen ones into logits.
 
-        With a cache (under no_grad) ids continue each row where it stood, and the cache advances by T.
+        With a cache ids continue each row where it stood, and the cache advances by T: under no_grad, unless this one
+        call fills it.
         """
         if ids.dim() != 2:
             raise ValueError(f"ids must be (B, T), not {tuple(ids.shape)}")
@@ -299,8 +305,8 @@ class GPT(nn.Module):
                              f"exceed the model's limit of {self.config.max_len} by {needed - self.config.max_len}")
         slots = torch.arange(T, device=device)[None]                   # (1, T)
         if cache:
-            if torch.is_grad_enabled():
-                raise RuntimeError("the KV cache is written in place: use it under torch.no_grad()")
+            if torch.is_grad_enabled() and T != cache.capacity:
+                raise RuntimeError("a growing KV cache is written in place: use it under torch.no_grad()")
             if used + T > cache.capacity:
                 raise ValueError(f"the KV cache holds {cache.capacity} tokens per row, {used + T} needed")
             cache.length = cache.length.to(device)
@@ -338,13 +344,18 @@ class GPT(nn.Module):
         """Write the adapters alone, as PEFT and vLLM read them; `base` is the name of the model that they belong to."""
         save_adapters(self, folder, base)
 
-    @torch.no_grad()
     def read(self, ids: Sequence[int]) -> KVCache:
         """Read a context once: the cache to hand as `prefix` to any batch that starts with it."""
         cache = KVCache(self.config, 1, len(ids))
-        with evaluating(self):
-            self.hidden(torch.tensor([list(ids)], device=self.device), cache)
+        self.hidden(torch.tensor([list(ids)], device=self.device), cache)
         return cache
+
+    def read_common(self, prompts: Sequence[Sequence[int]]) -> tuple[KVCache | None, Sequence[Sequence[int]]]:
+        """What all prompts begin with (a system turn, say), read once, and the rest of each; a token at least is left."""
+        common = os.path.commonprefix([list(p) for p in prompts])[: min(map(len, prompts)) - 1]
+        if len(prompts) == 1 or len(common) < 16:                      # fewer are not worth a pass of their own
+            return None, prompts
+        return self.read(common), [p[len(common) :] for p in prompts]
 
     @torch.no_grad()
     def generate(
@@ -364,17 +375,15 @@ class GPT(nn.Module):
         if max_new_tokens < 1 or temperature < 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
             raise ValueError("generate: max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1 are required, "
                              f"not {max_new_tokens}, {temperature}, {top_k}, {top_p}")
-        if prefix is None and len(prompts) > 1:
-            shared = os.path.commonprefix([list(p) for p in prompts])[: min(map(len, prompts)) - 1]
-            if len(shared) >= 16:                                      # fewer are not worth a pass of their own
-                prefix, prompts = self.read(shared), [p[len(shared) :] for p in prompts]
         device = self.device
-        ids = pad_right(prompts).to(device)                            # (B, L)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-        B, L = ids.shape
-        cache = KVCache(self.config, B, L + max_new_tokens, prefix)
         with evaluating(self):
+            if prefix is None:
+                prefix, prompts = self.read_common(prompts)
+            ids = pad_right(prompts).to(device)                        # (B, L)
+            lengths = torch.tensor([len(p) for p in prompts], device=device)
+            eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
+            B, L = ids.shape
+            cache = KVCache(self.config, B, L + max_new_tokens, prefix)
             h = self.hidden(ids, cache)[torch.arange(B, device=device), lengths - 1]        # (B, D) at each last token
             cache.length = lengths                                     # the padding is forgotten: its slots will be overwritten
             running = torch.ones(B, dtype=torch.bool, device=device)
@@ -403,7 +412,9 @@ def sample(
         probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
         outside = probs.cumsum(-1) - probs >= top_p                    # (B, V) sorted; the token that crosses top_p stays in
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    cumulative = logits.softmax(-1).cumsum(-1)                         # (B, V); one uniform number a row picks the token:
+    uniform = 1 - torch.rand(len(logits), 1, device=logits.device, generator=generator)   # in (0, 1], so never one of probability 0
+    return (cumulative < uniform * cumulative[:, -1:]).sum(-1)         # torch.multinomial draws V numbers a row: far slower
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -187,8 +188,10 @@ def parse(argv: list[str] | None) -> Config:
     """The command line is the dataclass: one flag a field, `-` or `_`, no abbreviations."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))       # the help is what the source says
     for field in fields(Config):
-        kind, about = get_type_hints(Config)[field.name], dict(default=argparse.SUPPRESS, help=f"default: {field.default}")
+        told = f"{comments.get(field.name, '')} [{field.default}]".strip().replace("%", "%%")
+        kind, about = get_type_hints(Config)[field.name], dict(default=argparse.SUPPRESS, help=told)
         flags = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
         if get_origin(kind) is Literal:
             parser.add_argument(*flags, choices=get_args(kind), **about)

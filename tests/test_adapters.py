@@ -216,3 +216,27 @@ def test_generate_reads_a_common_beginning_once_and_gives_the_same_tokens(gpt, s
         assert row[m].tolist() == alone[0].tolist()
     same = [start + [1]] * 3                                                                        # identical prompts: one token must be left
     assert torch.equal(gpt.generate(same, 4, temperature=0)[0], gpt.generate([start + [1]], 4, temperature=0)[0].expand(3, -1))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("make", [tiny_gpt, adapted, lambda: tiny_gpt(n_kv_head=4), lambda: tiny_gpt(positions="learned", norm="layer", mlp="gelu", qk_norm=True)])
+def test_the_gradient_flows_through_a_common_beginning_that_is_read_once(make, checkpointing, monkeypatch):
+    """Loss and gradient of a step, in float64, equal those of rows that each read the whole prompt."""
+    start = torch.randint(23, (20,), generator=torch.Generator().manual_seed(5)).tolist()
+    prompts, results, reads = [start + [1, 2, 3], start + [4], start + [5, 6]], [], []
+    original = model_module.GPT.read
+    monkeypatch.setattr(model_module.GPT, "read", lambda self, ids: reads.append(torch.is_grad_enabled()) or original(self, ids))
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(model_module.GPT, "read_common", lambda self, prompts: (None, prompts))
+        model = make()
+        model.checkpointing = checkpointing
+        teacher = Teacher(merged_copy(tiny_gpt(seed=9, **{"n_kv_head": 4} if model.config.n_kv_head == 4 else {})))
+        batch = Batch(prompts, prompts, torch.tensor([[1, 2, 3], [4, 5, 0], [6, 7, 8]]), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool())
+        log = cosd_step(model, teacher, batch, "jsd", eos=(), max_new_tokens=3)
+        results.append((log["loss"], {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert reads == [True, False]                                                                   # the student's with gradient, the teacher's without
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    assert results[0][1].keys() == results[1][1].keys() and len(results[0][1]) > 10
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-8, atol=1e-12, msg=name)

@@ -147,6 +147,14 @@ def test_sampling_is_reproducible_and_follows_the_distribution():
     assert (draw(4, top_k=1) == logits.argmax()).all() and (draw(5, top_p=1e-6) == logits.argmax()).all()
 
 
+@pytest.mark.parametrize("drawn", [0.0, 0.5, 1 - 2**-24])
+def test_a_token_of_probability_zero_is_never_drawn(drawn, monkeypatch):
+    """Whatever the uniform number is: first, last and middle tokens have probability 0 here."""
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kw: torch.full(shape, drawn))
+    assert sample(logits, 1.0, None, None, None).item() == {0.0: 3, 0.5: 3, 1 - 2**-24: 1}[drawn]
+
+
 def test_top_p_keeps_the_token_that_crosses():
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(500, 3)
     drawn = lambda top_p: set(sample(logits, 1.0, None, top_p, torch.Generator().manual_seed(0)).tolist())
@@ -186,7 +194,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="a token in each"):
         model.generate([[1], []], 3)
     with pytest.raises(RuntimeError, match="no_grad"):
-        model(random_ids(1, 3), KVCache(model.config, 1, 3))
+        model(random_ids(1, 3), KVCache(model.config, 1, 4))
     with pytest.raises(ValueError, match="holds 2 tokens per row, 3 needed"), torch.no_grad():
         model(random_ids(1, 3), KVCache(model.config, 1, 2))
     with pytest.raises(ValueError, match=r"\(B, T\)"):

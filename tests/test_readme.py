@@ -11,7 +11,7 @@ from train import Config, parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    (python|pip|pytest)\b", line)]
+COMMANDS = [line.strip() for line in re.sub(r" *\\\n *", " ", README).splitlines() if re.match(r"    (python|pip|pytest)\b", line)]
 
 
 def test_line_counts():
@@ -27,7 +27,9 @@ def test_top_level_is_as_the_readme_says():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python train.py")])
 def test_every_train_command_parses(command):
-    assert parse(shlex.split(command)[2:])
+    cfg = parse(shlex.split(command)[2:])
+    for name in ("prompts", "heldout", "context_file", "unrelated"):
+        assert getattr(cfg, name) is None or (ROOT / getattr(cfg, name)).is_file()
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):

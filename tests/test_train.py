@@ -359,6 +359,16 @@ def test_help_names_every_flag(capsys):
         parse(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"--{field.name}" in text for field in fields(Config)) and "--preset" in text
+    assert "share of on-policy steps under gkd [0.5]" in " ".join(text.split())                       # the comment of the field
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("MPS backend out of memory")])
+def test_out_of_memory_says_which_flags_to_turn(out, monkeypatch, capsys, error):
+    monkeypatch.setattr(train, "cosd_step", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    assert main(["--preset", "smoke", "--device", "cpu", "--out", str(out)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", line)}
+    assert flags <= {field.name for field in fields(Config)} and {"micro_batch", "chunk", "checkpointing", "lora", "frozen_dtype"} <= flags
 
 
 def test_base_is_found_by_fingerprint(out):
