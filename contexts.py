@@ -333,11 +333,12 @@ def read_text(path: str) -> str:
         raise BadInput(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
     if not text.strip():
         raise BadInput(f"{path}: the file is empty")
-    return text
+    return text.replace("\r\n", "\n")
 
 
-def read_turns(value: object, where: str, last: str | None = None) -> list[dict]:
-    """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and assistant in turn."""
+def read_turns(value: object, where: str, last: str) -> list[dict]:
+    """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and assistant in turn. A prompt ends
+    with the user's turn, a context with the assistant's (the prompt is the next user turn) or is a system turn alone."""
     if not isinstance(value, list) or not value:
         raise BadInput(f"{where}: a chat is a non-empty JSON list of {{\"role\": ..., \"content\": ...}}")
     for number, turn in enumerate(value, 1):
@@ -348,7 +349,7 @@ def read_turns(value: object, where: str, last: str | None = None) -> list[dict]
     spoken = roles[1:] if roles[0] == "system" else roles
     if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2):
         raise BadInput(f"{where}: after an optional system turn, user and assistant must alternate, user first; not {', '.join(roles)}")
-    if last and roles[-1] != last:
+    if roles[-1] != last and (last == "user" or spoken):
         raise BadInput(f"{where}: the last turn must be the {last}'s, not the {roles[-1]}'s")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
@@ -364,6 +365,10 @@ def read_prompts(path: str) -> list[dict]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise BadInput(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{where}: half a surrogate pair (\\ud800 ...) is no text") from None
         if not isinstance(row, dict):
             raise BadInput(f"{where}: each line must be a JSON object with a \"prompt\", not {type(row).__name__}")
         if "prompt" not in row:
@@ -371,7 +376,7 @@ def read_prompts(path: str) -> list[dict]:
         for name in ("prompt", "demonstration", "solution", "answer", "context"):
             turns = name in ("prompt", "context") and isinstance(row.get(name), list)
             if turns:
-                row[name] = read_turns(row[name], f"{where}: \"{name}\"", last="user" if name == "prompt" else None)
+                row[name] = read_turns(row[name], f"{where}: \"{name}\"", last="user" if name == "prompt" else "assistant")
             elif name in row and not isinstance(row[name], str):
                 raise BadInput(f"{where}: \"{name}\" must be text{' or chat turns' if name in ('prompt', 'context') else ''}, "
                                f"not {type(row[name]).__name__}")
@@ -384,7 +389,7 @@ def read_prompts(path: str) -> list[dict]:
 def read_context(path: str) -> list[dict]:
     """A text or Markdown file: one system turn. JSON: chat turns (an optional system turn, then examples). JSON lines: past
     problems with their solutions, as one system turn."""
-    if path.endswith(".jsonl"):
+    if path.lower().endswith(".jsonl"):
         solved = [(row, row.get("solution") or row.get("demonstration") or row.get("answer")) for row in read_prompts(path)]
         for row, solution in solved:
             if not solution or not isinstance(row["prompt"], str):
@@ -392,16 +397,13 @@ def read_context(path: str) -> list[dict]:
         traces = "\n\n".join(f"Problem: {row['prompt']}\nSolution: {solution}" for row, solution in solved)
         return [{"role": "system", "content": fill(TRACES, {"traces": traces})}]
     text = read_text(path)
-    if not path.endswith(".json"):
+    if not path.lower().endswith(".json"):
         return [{"role": "system", "content": text.strip()}]
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    turns = read_turns(value, path)
-    if turns[-1]["role"] == "user":
-        raise BadInput(f"{path}: a context ends with the assistant's turn: the prompt is the next user turn")
-    return turns
+    return read_turns(value, path, last="assistant")
 
 
 # ------------------------------------------------------------------------------------------ tokenizer and chat format
@@ -411,24 +413,34 @@ def plain_chat(turns: list[dict]) -> str:
     return "\n\n".join(labels[turn["role"]] + turn["content"] for turn in turns) + "\n\nAnswer:"
 
 
-def open_chat(name: str, vocab_size: int, gpt2: bool = False) -> Chat:
-    """The checkpoint's own tokenizer and chat template; GPT-2's own files through tiktoken. Every end token of its
-    generation config closes an answer."""
-    from jinja2 import TemplateError
-    from transformers import AutoTokenizer, GenerationConfig
+def gpt2_encoding(name: str) -> tiktoken.Encoding | None:
+    """GPT-2's own vocab.json as a tiktoken.Encoding; None where the checkpoint has other tokens, or a chat template."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
     from transformers.utils import cached_file
 
     find = partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
-    files = [find(file) for file in ("merges.txt", "vocab.json")] if gpt2 else [None]
-    if all(files):
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-        from tiktoken_ext.openai_public import r50k_pat_str
+    vocab, config, byte_of = find("vocab.json"), find("tokenizer_config.json"), {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    ids = json.loads(Path(vocab).read_text(encoding="utf-8")) if vocab else {}
+    templated = find("chat_template.jinja") or (config and "chat_template" in json.loads(Path(config).read_text(encoding="utf-8")))
+    end = ids.pop("<|endoftext|>", None)
+    if templated or end != len(ids) or not all(symbol in byte_of for token in ids for symbol in token):
+        return None
+    from tiktoken_ext.openai_public import r50k_pat_str
 
-        end, template = json.loads(Path(files[1]).read_text())["<|endoftext|>"], None
-        encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=data_gym_to_mergeable_bpe_ranks(*files),
-                                     special_tokens={"<|endoftext|>": end})
-        encode, decode, size = partial(encoding.encode, disallowed_special=()), encoding.decode, encoding.n_vocab
-        open_ids = encode
+    ranks = {bytes(byte_of[symbol] for symbol in token): rank for token, rank in ids.items()}     # ids are in the order of merges
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": end})
+
+
+def open_chat(name: str, vocab_size: int, gpt2: bool = False) -> Chat:
+    """The checkpoint's own tokenizer and chat template; GPT-2's own tokens through tiktoken. Every end token of its
+    generation config closes an answer."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer, GenerationConfig
+
+    if encoding := gpt2_encoding(name) if gpt2 else None:
+        end, template, size = encoding.eot_token, None, encoding.n_vocab
+        encode = open_ids = partial(encoding.encode, disallowed_special=())
+        decode = encoding.decode
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -452,28 +464,18 @@ def open_chat(name: str, vocab_size: int, gpt2: bool = False) -> Chat:
         turns = context or (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
         if template is None:
             return open_ids(plain_chat(turns))
+        advice = "if it has no system role, give the context as user and assistant turns (a JSON file)"
         try:
-            return tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
-            raise BadInput(f"{name}: its chat template refuses this chat ({str(error).splitlines()[0]}); where it has no system role, "
-                           "give the context as user and assistant turns (a JSON file)") from None
-
-    def check(turns: list[dict]) -> None:
-        """Some templates drop the system turn without a word: then the teacher would not see C."""
-        text = "" if template is None else tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        for turn in turns if template is not None else ():
+            raise BadInput(f"{name}: its chat template refuses this chat ({str(error).splitlines()[0]}); {advice}") from None
+        for turn in turns:                                                           # some drop a system turn without a word
             if turn["content"].strip() not in text:
-                raise BadInput(f"{name}: its chat template drops a {turn['role']} turn; "
-                               "give the context as user and assistant turns (a JSON file)")
-
-    def render_checked(context: list | None, prompt: str | list) -> list[int]:
-        ids = render(context, prompt)
-        if context:
-            check(context)
-        return ids
+                raise BadInput(f"{name}: its chat template drops a {turn['role']} turn; {advice}")
+        return encode(text)
 
     written = (lambda text: encode(" " + text)) if template is None else encode      # "Answer:" and then a space
-    return Chat(render_checked, written, decode, end if end is not None else min(ends), ends)
+    return Chat(render, written, decode, end if end is not None else min(ends), ends)
 
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -533,7 +535,10 @@ def own_scorer(spec: str) -> Callable[[str, dict], float]:
 
     def score(text: str, row: dict) -> float:
         try:
-            return float(getattr(module, function)(text, row))
+            value = float(getattr(module, function)(text, row))
+            if value != value:
+                raise ValueError("the score is not a number")
+            return value
         except Exception as error:
             raise BadInput(f"--score {spec}: {function}({text!r}, ...) fails for {row.get('where')}: {type(error).__name__}: {error}") from error
 
@@ -545,10 +550,11 @@ def teacher_turns(row: dict, context: list[dict], template: str | None, shots: l
     """The teacher's whole chat: system turn, example turns, shots, and the prompt itself, each type by its template."""
     own = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     context = [{"role": "system", "content": row["context"]}] if isinstance(row.get("context"), str) else row.get("context", context)
-    system = [turn["content"] for turn in (*context[:1], *own[:1]) if turn["role"] == "system"]
+    system, own_system = ("".join(turn["content"] for turn in turns[:1] if turn["role"] == "system") for turns in (context, own))
     context, own = ([turn for turn in turns if turn["role"] != "system"] for turns in (context, own))
-    if template and "{context}" in template and system:
-        system[0] = fill(template, {"context": system[0]})
+    if template and "{context}" in template:                                         # example turns alone: the instruction alone
+        system = fill(template, {"context": system}).strip()
+    system = [text for text in (system, own_system) if text]
     turns = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     turns += context
     dressed = lambda prompt, row: fill(template, {
@@ -586,13 +592,20 @@ def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
     template = None if pooled else read_text(cfg.template) if cfg.template else TEMPLATES[kind]
     if pooled and cfg.template:
         raise BadInput("--template is not used with --demonstrations pool, whose demonstrations are chat turns")
-    for name in PLACEHOLDERS[kind] if template else ():
-        if f"{{{name}}}" not in template:
-            raise BadInput(f"{cfg.template}: a template for {kind} needs {{{name}}}")
+    if cfg.template and set(re.findall(r"\{(\w+)\}", template)) != set(PLACEHOLDERS[kind]):
+        needed = " and ".join(f"{{{name}}}" for name in PLACEHOLDERS[kind])
+        raise BadInput(f"{cfg.template}: a template for {kind} needs {needed}, and no other name in braces")
     pool = [row for row in rows if expert(row) and isinstance(row["prompt"], str)]
-    if shots >= max(1, len(pool)):
-        raise BadInput(f"{cfg.prompts}: --shots {shots} needs more than {shots} lines with a \"demonstration\", \"solution\" or "
-                       f"\"answer\" and a prompt in text; there are {len(pool)}")
+    if shots >= max(1, len({row["prompt"] for row in pool})):
+        raise BadInput(f"{cfg.prompts}: --shots {shots} needs more than {shots} different prompts in text, with a \"demonstration\", "
+                       f"\"solution\" or \"answer\"; there are {len(pool)} such lines")
+    if pooled and not shots and not context:
+        raise BadInput("--shots 0 leaves the teacher without any demonstration")
+    if (cfg.context_file or "").lower().endswith(".jsonl"):
+        solved = {key(row) for row in read_prompts(cfg.context_file)}
+        if shown := [row for row in heldout if key(row) in solved]:
+            print(f"warning: {cfg.context_file} shows the teacher the solution of {shown[0]['where']} and {len(shown) - 1} other "
+                  "held-out prompts", file=sys.stderr)
     for row in rows + heldout:
         if not pooled and kind == "demonstrations" and not (row.get("demonstration") or row.get("answer")):
             raise BadInput(f"{row['where']}: --demonstrations own needs a \"demonstration\" in every line")
@@ -600,7 +613,7 @@ def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
             raise BadInput(f"{row['where']}: the context of type privileged is each line's \"solution\" or \"answer\"; it has neither")
         if kind in ("specification", "instructions") and not context and not row.get("context") and not shots:
             raise BadInput(f"{row['where']}: no context: give --context-file, or a \"context\" in every line")
-    if cfg.method in ("all", "sft", "gkd") and (without := [row for row in rows if not expert(row)]):
+    if cfg.method in ("sft", "gkd") and (without := [row for row in rows if not expert(row)]):
         raise BadInput(f"{without[0]['where']}: --method {cfg.method} needs something to imitate in every line, "
                        "a \"demonstration\", \"solution\" or \"answer\"; --method cosd does not")
 
@@ -609,27 +622,33 @@ def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
                        row.get("answer") or expert(row), expert(row), row)
 
     def draw_shots(rng: random.Random, row: dict) -> list[dict]:                     # never the prompt's own
-        return rng.sample([other for other in pool if other["prompt"] != row["prompt"]], shots)
+        return rng.sample([other for other in pool if other["prompt"] != row["prompt"]], shots) if shots else []
 
     def draw(rng: random.Random) -> Example:
         row = rng.choice(rows)
         return example(row, draw_shots(rng, row))
 
     anchors = read_prompts(cfg.anchor_file) if cfg.anchor_file else []
+    if len(anchors) == 1:
+        raise BadInput(f"{cfg.anchor_file}: one prompt is too few: every eighth, one at least, is held out for the drift")
     plain = [Example("anchor", teacher_turns(row, [], None, []), row["prompt"], "", "", row) for row in anchors]
-    longest = sorted(pool, key=lambda row: -len(row["prompt"] + expert(row)))[:shots]
+    longest = sorted(pool, key=lambda row: -len(chat.encode(row["prompt"] + expert(row))))[:shots]
     worst = [example(row, longest) for row in rows + heldout]
+    imitated = cfg.method in ("sft", "gkd")
     for e in (*worst, *plain):
         for who, ids in (("the prompt", chat.render(None, e.prompt)), ("prompt with context", chat.render(e.context, e.prompt))):
-            if (needed := len(ids) + cfg.max_new_tokens) > max_len:
-                raise BadInput(f"{e.row['where']}: {who} ({len(ids)} tokens) and {cfg.max_new_tokens} new tokens exceed the model's "
+            new = max(cfg.max_new_tokens, len(chat.encode(e.expert)) + 1 if imitated else 0)
+            if (needed := len(ids) + new) > max_len:
+                raise BadInput(f"{e.row['where']}: {who} ({len(ids)} tokens) and {new} new tokens exceed the model's "
                                f"{max_len} positions by {needed - max_len}: shorten the context, or lower --max_new_tokens")
     scorer = make_scorer(cfg.score, heldout)
     rng = random.Random("held-out shots")
     shown = [example(row, draw_shots(rng, row)) for row in heldout + rows]
     teacher_prompts = [chat.render(e.context, e.prompt) for e in shown]
     shared = os.path.commonprefix(teacher_prompts)[: min(map(len, teacher_prompts)) - 1]
+    kept = plain[7::8] or plain[-1:]                                                 # for the drift, never trained on
+    trained = [e for e in plain if e not in kept]
     return Task(
-        kind, chat, draw, (lambda rng: rng.choice(plain)) if plain else None,
-        shown[: min(size, len(heldout))], {"anchors": plain[:size]} if plain else {},
+        kind, chat, draw, (lambda rng: rng.choice(trained)) if trained else None,
+        shown[: min(size, len(heldout))], {"anchors": kept[:size]} if plain else {},
         lambda e, text: {"score": scorer(text, e.row)} if scorer else {}, shared)

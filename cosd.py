@@ -277,7 +277,7 @@ class Teacher:
         if self.kind == "ema":
             mine = dict(self.model.named_parameters())
             for name, theirs in merged_weights(student):
-                mine[name].lerp_(theirs, self.ema_rate)
+                mine[name].lerp_(theirs.to(mine[name].dtype), self.ema_rate)
         if self.kind != "frozen":
             self.prefix = None                                         # its weights have moved: read the context again
 
@@ -391,8 +391,9 @@ def cosd_step(
                 loss = (w * d).sum()
         # 4. The gradient reaches the student alone.
         backward(loss)
-        logs.append({"loss": loss.item(), "objective": (w * d).sum().item() / weight}
-                    | diagnostics(student, teacher, h_s, h_t, len(w) / batch.mask.sum().item(), chunk or 256))
+        with autocast():
+            logs.append({"loss": loss.item(), "objective": (w * d).sum().item() / weight}
+                        | diagnostics(student, teacher, h_s, h_t, len(w) / batch.mask.sum().item(), chunk or 256))
     ends = torch.isin(batch.completion, torch.tensor(sorted(eos), device=batch.mask.device)) & batch.mask
     sums = {key: sum(log[key] for log in logs) for key in logs[0]}
     return sums | {"length": batch.mask.sum(1).float().mean().item(), "eos_rate": ends.any(1).float().mean().item()}

@@ -147,8 +147,13 @@ def attend_with_prefix(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor,
 
     q (B, H, T, E); prefix_k, prefix_v (1, K, P, E); k, v (B, K, S, E); visible (B, T, S) -> (B, H, T, E).
     The queries of all rows are laid side by side against the one prefix: a plain matrix product, no (B, K, P, E) copy.
+    With gradient the copy is made: autograd would keep all scores, quadratic in length, where the fused kernel keeps none.
     """
     (B, H, T, E), K = q.shape, k.shape[1]
+    if torch.is_grad_enabled():
+        keys, values = (torch.cat([shared.expand(B, -1, -1, -1), own], dim=2) for shared, own in ((prefix_k, k), (prefix_v, v)))
+        seen = torch.cat([visible.new_ones(*visible.shape[:2], prefix_k.shape[2]), visible], dim=2)     # (B or 1, T, P + S)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None], enable_gqa=H != K)
     G = H // K
     q = q.reshape(B, K, G * T, E) / math.sqrt(E)                                        # head h uses key head h // G
     q_flat = q.transpose(0, 1).reshape(K, B * G * T, E)
@@ -206,8 +211,8 @@ class Linear(nn.Linear):
         return y + (self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
 
     def merged(self) -> Tensor:
-        """W + (α/r) B A, in the weight's own dtype."""
-        return self.weight if self.A is None else (self.weight.float() + self.scale * self.B @ self.A).to(self.weight.dtype)
+        """W + (α/r) B A, with adapters in the adapters' dtype: rounded to a bf16 base's, small changes would be lost."""
+        return self.weight if self.A is None else self.weight.to(self.A.dtype) + self.scale * self.B @ self.A
 
 
 class Attention(nn.Module):
@@ -310,7 +315,8 @@ class GPT(nn.Module):
             if used + T > cache.capacity:
                 raise ValueError(f"the KV cache holds {cache.capacity} tokens per row, {used + T} needed")
             cache.length = cache.length.to(device)
-            slots = slots + cache.length[:, None]                      # (B, T)
+            if used:
+                slots = slots + cache.length[:, None]                  # (B, T): the rows have come to different lengths
             cache.used += T
         positions = slots + offset
         x = self.embed(ids)                                            # (B, T, D)
@@ -448,6 +454,9 @@ def add_adapters(model: GPT, rank: int, alpha: float, targets: Collection[str] =
         raise ValueError(f"adapter targets {', '.join(sorted(unknown))} do not exist; choose from {', '.join(TARGETS)}")
     if rank < 1 or not targets:
         raise ValueError(f"add_adapters: rank={rank} must be at least 1, with at least one target")
+    if not any(hasattr(block, part) and getattr(getattr(block, part), name, None) is not None
+               for block in model.blocks for part in ("attention", "mlp") for name in targets):
+        raise ValueError(f"this model has none of the adapter targets {', '.join(targets)}")
     model.requires_grad_(False)
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
@@ -481,10 +490,11 @@ def merged_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def merged_copy(model: GPT, dtype: torch.dtype | None = None) -> GPT:
-    """A second model with the same weights, adapters folded in, by default in the same dtype."""
+    """A second model with the same weights, adapters folded in, by default in fp32 or better."""
+    dtype = dtype or torch.promote_types(model.embed.weight.dtype, torch.float32)
     with torch.device("meta"):
         twin = GPT(model.config)
-    weights = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in merged_weights(model)}
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in merged_weights(model)}
     twin.load_state_dict(weights, strict=not model.config.tied, assign=True)
     if model.config.tied:
         twin.head.weight = twin.embed.weight
@@ -633,12 +643,14 @@ def load_pretrained(name_or_folder: str | os.PathLike, dtype: torch.dtype) -> GP
 
 
 def save_pretrained(model: GPT, folder: str | os.PathLike, tokenizer, eos: Collection[int]) -> None:
-    """`GPT.save_pretrained`: config, safetensors, generation config and tokenizer, in transformers' format."""
+    """`GPT.save_pretrained`: config, safetensors, generation config and tokenizer, in transformers' format; in the model's
+    own dtype, in fp32 where adapters are folded in."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     hf = config_to_hugging_face(model.config)
-    gpt2, state, weights = hf.model_type == "gpt2", {}, dict(merged_weights(model))
+    gpt2, state, weights = hf.model_type == "gpt2", {}, {name: tensor.detach() for name, tensor in merged_weights(model)}
+    hf.dtype = torch.float32 if any(layer.A is not None for layer in model.modules() if isinstance(layer, Linear)) else model.embed.weight.dtype
     for name, tensor in weights.items():
         if gpt2:
             for ours, theirs in [("attention.out.", "attn.c_proj."), ("mlp.up.", "mlp.c_fc."), ("mlp.down.", "mlp.c_proj.")]:
@@ -649,8 +661,7 @@ def save_pretrained(model: GPT, folder: str | os.PathLike, tokenizer, eos: Colle
                 tensor = torch.cat([weights[name.replace(".q.", f".{part}.")] for part in "qkv"])
                 name = name.replace("attention.q.", "attn.c_attn.")
             tensor = tensor.T if tensor.dim() == 2 and ".c_" in name else tensor
-        state[to_hugging_face(name, gpt2)] = tensor.detach().contiguous()
-    hf.dtype = model.embed.weight.dtype
+        state[to_hugging_face(name, gpt2)] = tensor.to(hf.dtype).contiguous()
     hf.save_pretrained(folder)
     save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
     GenerationConfig(eos_token_id=sorted(eos) or None).save_pretrained(folder)

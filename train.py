@@ -29,6 +29,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -51,6 +52,7 @@ from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, jsd,
 from model import GPT, TARGETS, GPTConfig, add_adapters, pad_right, read_config
 
 METHODS = ("cosd", "sft", "offline", "gkd")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Diverged(Exception):
@@ -62,7 +64,7 @@ class Diverged(Exception):
 class Config:
     # what to learn, and how
     context: Literal["all", "demonstrations", "specification", "instructions", "privileged"] = "all"
-    method: Literal["all", "cosd", "sft", "offline", "gkd"] = "all"            # all: cosd and sft
+    method: Literal["all", "cosd", "sft", "offline", "gkd"] = "all"            # all: cosd and sft; with --model cosd
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "policy_gradient"] = "forward_kl"
     beta: float = 0.5                      # of jsd
     top_k: int = 0                         # 0: the full vocabulary; else the student's top k and a tail bucket
@@ -85,7 +87,7 @@ class Config:
     lora_alpha: float | None = None        # default: twice the rank
     lora_targets: str = ",".join(TARGETS)
     checkpointing: bool = False            # compute the blocks again in the backward pass: less memory, a third slower
-    frozen_dtype: Literal["fp32", "bf16"] = "fp32"     # of weights without gradient: the frozen teacher, the base under LoRA
+    frozen_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"     # of weights without gradient: the frozen teacher, the base under LoRA
     # your own model and files
     model: str | None = None               # a folder or hub name; without: the built-in world
     prompts: str | None = None             # JSON lines to train on
@@ -152,15 +154,22 @@ class Config:
             raise BadInput("--anchors needs --anchor_file, JSON lines with other prompts")
         if unknown := set(self.targets) - set(TARGETS):
             raise BadInput(f"--lora_targets {', '.join(sorted(unknown))}: choose from {','.join(TARGETS)}")
-        if self.export == "adapters" and not self.lora:
-            raise BadInput("--export adapters needs --lora RANK")
+        if (self.export == "adapters" or self.lora_alpha is not None) and not self.lora:
+            raise BadInput("--export adapters and --lora_alpha need --lora RANK")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < 1e4:
+            raise BadInput(f"--lora_alpha {self.lora_alpha} must be positive")
+        if self.frozen_dtype != "fp32" and not self.lora and self.teacher != "frozen":
+            raise BadInput(f"--frozen_dtype {self.frozen_dtype} has no weights to apply to: neither --teacher frozen nor --lora")
+        if self.demonstrations == "own" and self.context != "demonstrations":
+            raise BadInput("--demonstrations own goes with --context demonstrations")
 
     def for_method(self, method: str) -> Config:
         """Fill in the defaults that differ between methods, and between the small world and a real model."""
         lr, anchors = (1e-4, 0.0) if method == "sft" else (5e-4, 0.5)
         if self.model:
             lr, anchors = 5e-4 if self.lora else 5e-5, 0.0
-        defaults = dict(lr=lr, anchors=anchors, steps=40 if self.model else 250, batch=self.n_batch, chunk=32 if self.model else 0)
+        defaults = dict(lr=lr, anchors=anchors, steps=40 if self.model else 250, batch=self.n_batch,
+                        chunk=32 if self.model and self.divergence != "policy_gradient" else 0)
         return replace(self, method=method, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     @property
@@ -219,7 +228,9 @@ def resolve_device(cfg: Config) -> tuple[torch.device, torch.dtype, Callable]:
     choice = cfg.dtype
     if choice == "auto" and device.type == "cuda":                     # bf16 needs no scaler; a T4 has only fp16
         choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice, torch.float32)
+    if choice in ("bf16", "fp16") and cfg.frozen_dtype not in ("fp32", choice):
+        raise BadInput(f"--frozen_dtype {cfg.frozen_dtype} does not go with {choice} autocast: use --frozen_dtype {choice}")
+    dtype = DTYPES.get(choice, torch.float32)
     return device, dtype, partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -430,12 +441,15 @@ def kl_on_own_samples(
     model: Teacher, prompts: list[list[int]], other: Teacher, other_prompts: list[list[int]], cfg: Config, chat: Chat, *what
 ) -> float:
     """KL(model‖other) in nats per token, on the model's own samples, exact at every token."""
-    generator = torch_generator(model.model.device, cfg.seed, *what)
-    with model.role() as sampler:
-        ids, mask = sampler.generate(prompts, cfg.max_new_tokens, eos=chat.ends, generator=generator)
-    h, h_other = model.states(prompts, ids, mask), other.states(other_prompts, ids, mask)              # (n, D) each
-    rows = cfg.chunk or len(h)
-    values = [reverse_kl(model.model.head(a), other.model.head(b)) for a, b in zip(h.split(rows), h_other.split(rows))]
+    generator, values = torch_generator(model.model.device, cfg.seed, *what), []
+    at_once = 2 * cfg.batch if cfg.model else len(prompts)
+    for i in range(0, len(prompts), at_once):
+        part, other_part = prompts[i : i + at_once], other_prompts[i : i + at_once]
+        with model.role() as sampler:
+            ids, mask = sampler.generate(part, cfg.max_new_tokens, eos=chat.ends, generator=generator)
+        h, h_other = model.states(part, ids, mask), other.states(other_part, ids, mask)                # (n, D) each
+        rows = cfg.chunk or len(h)
+        values += [reverse_kl(model.model.head(a), other.model.head(b)) for a, b in zip(h.split(rows), h_other.split(rows))]
     return torch.cat(values).mean().item()
 
 
@@ -483,8 +497,8 @@ def after_training(base: Teacher, student: Teacher, teacher: Teacher, task: Task
     result, prior, said = {}, {}, []
     for role in (base, student):
         with role.role() as model:
-            for name, suite in task.probes.items():
-                prior.setdefault(name, []).append(evaluate(model, suite, True, cfg, task).get("exact"))
+            for name, suite in task.probes.items() if not cfg.model else ():        # prompts from files have no right answer
+                prior.setdefault(name, []).append(evaluate(model, suite, True, cfg, task)["exact"])
             said.append(answers(model, [chat.render(e.context, e.prompt) for e in shown], cfg, chat))
             if role is student:
                 result["after"] = evaluate(model, task.heldout, False, cfg, task)
@@ -492,7 +506,7 @@ def after_training(base: Teacher, student: Teacher, teacher: Teacher, task: Task
                     result["perplexity_after"] = perplexity(model, cfg.unrelated, cfg, chat)
     with base.role() as model:
         in_context = answers(model, [chat.render(e.context, e.prompt) for e in own], cfg, chat)
-    if change := {name: after - before for name, (before, after) in prior.items() if before is not None}:
+    if change := {name: after - before for name, (before, after) in prior.items()}:
         result |= {"prior": prior, "prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values())}
     if everything:
         result["drift"] = drift(base, student, everything, cfg, chat)
@@ -570,6 +584,8 @@ def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dt
     folder = run_folder(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     samples, identity = folder / "samples.txt", run_identity(cfg, fingerprint)
+    if cfg.resume and (folder / "checkpoint.pt").exists():
+        demand_same(folder / "config.json", json.loads((folder / "config.json").read_text()), identity)
     (folder / "result.json").unlink(missing_ok=True)
     write(folder / "config.json", json.dumps(identity, indent=1).encode())
 
@@ -577,7 +593,7 @@ def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dt
         torch.manual_seed(cfg.seed)
         add_adapters(student, cfg.lora, cfg.lora_alpha or 2 * cfg.lora, cfg.targets)
     student.checkpointing = cfg.checkpointing
-    frozen_dtype = torch.bfloat16 if cfg.frozen_dtype == "bf16" else None
+    frozen_dtype = DTYPES[cfg.frozen_dtype] if cfg.frozen_dtype != "fp32" else None
     teacher = Teacher(student, cfg.teacher, cfg.ema_rate, task.shared, frozen_dtype)
     base = teacher if cfg.teacher == "frozen" else Teacher(student, "frozen", dtype=frozen_dtype)
     tuned = Teacher(student, "live")                                   # the student in the same terms, to be measured
@@ -632,7 +648,7 @@ def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dt
     if cfg.model and cfg.export != "none":
         export(cfg, student, task, folder / "export")
     write(folder / "result.json", json.dumps(result, indent=1).encode())
-    if cfg.model:
+    if cfg.model and cfg.export != "none":
         (folder / "checkpoint.pt").unlink()                            # the export has the weights; the moments are of no more use
     return result
 
@@ -655,6 +671,9 @@ def finished(cfg: Config, fingerprint: str) -> dict | None:
         return None
     result = json.loads(path.read_text())                              # written whole or not at all
     demand_same(path, result.get("config", {}), run_identity(cfg, fingerprint))
+    wanted = {"merged": "model.safetensors", "adapters": "adapter_model.safetensors"}.get(cfg.export)
+    if cfg.model and wanted and not (path.parent / "export" / wanted).exists():
+        raise BadInput(f"{path} is complete, but there is no {path.parent / 'export' / wanted}: run without --resume")
     print(f"{cfg.context} / {cfg.method}, seed {cfg.seed}: complete, taken from {path}")
     return result
 
@@ -664,14 +683,16 @@ def export(cfg: Config, student: GPT, task: Task, folder: Path) -> None:
     """What transformers and vLLM load: the model with its adapters folded in, or the adapters alone for PEFT."""
     from transformers import AutoTokenizer
 
+    shutil.rmtree(folder, ignore_errors=True)                          # nothing of an earlier export may stay beside this one
     if cfg.export == "adapters":
         student.save_adapters(folder, cfg.model)
     else:
         student.save_pretrained(folder, AutoTokenizer.from_pretrained(cfg.model), task.chat.ends)
 
 
-def plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, prompt: int, teacher_prompt: int) -> dict[str, float]:
-    """What a step will hold, in bytes, from shapes alone. `prompt`, `teacher_prompt`: tokens, longest, shared context left out.
+def plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, prompt: int, teacher_prompt: int, common: int = 0) -> dict[str, float]:
+    """What a step will hold, in bytes, from shapes alone. `prompt`, `teacher_prompt`: tokens, longest, without what is
+    read once for all; that is `common` tokens of the student's prompts.
 
     Activations are what autograd keeps of the student's pass. At the peak they stand beside weights, teacher and moments,
     either with the logits (start of the backward pass) or replaced by the gradients (its end).
@@ -680,10 +701,10 @@ def plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, prompt: int, teacher_pro
     shapes = {"q": D + H * E, "k": D + K * E, "v": D + K * E, "out": H * E + D, "up": D + F, "down": F + D,
               "gate": D + F if c.mlp == "swiglu" else 0}
     adapters = cfg.lora * N * sum(shapes[name] for name in cfg.targets)
-    n, mixed, frozen = c.n_params(), dtype != torch.float32, 2 if cfg.frozen_dtype == "bf16" else 4
+    n, mixed, frozen = c.n_params(), dtype != torch.float32, DTYPES[cfg.frozen_dtype].itemsize
     trainable = adapters or n
     rows = cfg.micro_batch or cfg.batch
-    tokens, scored = rows * (prompt + cfg.max_new_tokens), rows * cfg.max_new_tokens
+    tokens, scored = common + rows * (prompt + cfg.max_new_tokens), rows * cfg.max_new_tokens
     low = 2 if mixed else 4
     # one block, numbers per token: fp32 norms and residuals; inputs of the matrix products; q, k, v, attention; the MLP
     norms, inputs = 4 * 4 * D, low * D * (5 if mixed else 2)
@@ -707,34 +728,46 @@ def plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, prompt: int, teacher_pro
 
 
 def show_plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, task: Task) -> str:
-    """Counts the tokens of all held-out prompts and prints the plan."""
-    lengths = [[len(task.chat.render(ctx and e.context, e.prompt)) for e in task.heldout] for ctx in (None, True)]
-    prompt, teacher_prompt, shared = max(lengths[0]), max(lengths[1]), len(task.shared)
-    p = plan(cfg, c, dtype, prompt, teacher_prompt - shared)
+    """Counts the tokens of held-out prompts and of some 500 to train on, and puts the plan into words."""
+    examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
+    students, teachers = ([task.chat.render(ctx and e.context, e.prompt) for e in examples] for ctx in (None, True))
+    if cfg.method in ("sft", "gkd"):
+        cfg = replace(cfg, max_new_tokens=max(len(task.chat.encode(e.expert)) + 1 for e in examples))
+    prompt, teacher_prompt, shared = max(map(len, students)), max(map(len, teachers)), len(task.shared)
+    common = len(os.path.commonprefix(students))
+    p = plan(cfg, c, dtype, prompt - common, teacher_prompt - shared, common)
     sizes = ", ".join(f"{name} {p[name] / 1e9:.2f}" for name in
                       ("weights", "teacher", "gradients", "optimizer", "activations", "logits", "casts", "cache"))
     return (f"{p['parameters'] / 1e6:.1f} M parameters, {p['trainable'] / 1e6:.2f} M of them trained; {cfg.steps} steps of {cfg.batch} prompts\n"
-            f"tokens: prompt {prompt}, with context {teacher_prompt} (of which {shared} shared by all and read once), "
-            f"answer <= {cfg.max_new_tokens}; student pass {p['tokens a step']} a step\n"
+            f"tokens: prompt {prompt} ({common} common to all), with context {teacher_prompt} ({shared} common to all), "
+            f"answer <= {cfg.max_new_tokens}; what is common is read once; student pass <= {p['tokens a step']} a step\n"
             f"memory, estimated, GB: {sizes}; peak {p['peak'] / 1e9:.2f} and the program itself")
 
 
 def own_model(cfg: Config, device: torch.device, dtype: torch.dtype) -> tuple[Task, Callable[[], GPT], str]:
     """-> (the task from the user's files, a loader of the weights, the plan). Whatever is wrong with the files shows up first."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     try:
         config = read_config(cfg.model)
+        if cfg.export == "adapters" and config.positions == "learned":
+            raise BadInput("--export adapters: GPT-2 holds q, k and v in one matrix, our adapters do not; use --export merged")
+        if cfg.lora and config.mlp != "swiglu" and cfg.targets == ["gate"]:
+            raise BadInput("--lora_targets gate: this model's MLP has no gate")
         chat = contexts.open_chat(cfg.model, config.vocab_size, gpt2=config.positions == "learned")
         task = contexts.file_task(cfg, chat, config.max_len, cfg.eval_size)
-    except (ValueError, OSError) as error:
+        if cfg.unrelated and all(len(chat.encode(text)) < 2 for text in contexts.read_text(cfg.unrelated).split("\n\n")):
+            raise BadInput(f"{cfg.unrelated}: no paragraph has two tokens, so there is no perplexity")
+    except (ValueError, OSError, StrictDataclassError) as error:
         if isinstance(error, BadInput) or getattr(error, "filename", None):
             raise
         raise BadInput(f"--model {cfg.model}: {str(error).strip().splitlines()[0]}") from None
 
     def load_model() -> GPT:
         try:
-            weights = torch.bfloat16 if cfg.lora and cfg.frozen_dtype == "bf16" else torch.float32
-            return GPT.from_pretrained(cfg.model, weights).to(device)
-        except (ValueError, OSError) as error:
+            return GPT.from_pretrained(cfg.model, DTYPES[cfg.frozen_dtype] if cfg.lora else torch.float32).to(device)
+        except (ValueError, OSError, SafetensorError) as error:
             raise BadInput(f"--model {cfg.model}: {str(error).strip().splitlines()[0]}") from None
 
     return task, load_model, show_plan(cfg, config, dtype, task)
@@ -865,7 +898,7 @@ def train(cfg: Config) -> dict:
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         base = None
         for context in TASKS if cfg.context == "all" else [cfg.context]:
-            for method in ("cosd", "sft") if cfg.method == "all" else [cfg.method]:
+            for method in [cfg.method] if cfg.method != "all" else ["cosd"] if cfg.model else ["cosd", "sft"]:
                 run_cfg = replace(cfg, seed=seed, context=context).for_method(method)
                 if cfg.model:
                     task, load_model, planned = own_model(run_cfg, device, dtype)

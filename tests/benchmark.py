@@ -132,7 +132,7 @@ def generate_ratios(folder: str, rounds: int) -> None:
             print(f"| {str(dtype).removeprefix('torch.')} | {name} | {ours:.0f} | {hf:.0f} | {ours / hf:.2f} | {same} of 8 |", flush=True)
 
 
-QUESTION = "What is the capital of the country that lies north of Spain, and why?"
+QUESTIONS = [json.loads(line)["prompt"] for line in (Path(__file__).parent.parent / "notebooks/data/questions.jsonl").read_text().splitlines()[:8]]
 
 
 def context_text(tokenizer, length: int) -> str:
@@ -153,8 +153,9 @@ def our_step(folder: str, length: int, how: str, rounds: int) -> dict:
         add_adapters(student, 16, 32)
     student.checkpointing = checkpointing
     chat, tokenizer = open_chat(folder, student.config.vocab_size), AutoTokenizer.from_pretrained(folder)
-    turns = [{"role": "system", "content": context_text(tokenizer, length)}, {"role": "user", "content": QUESTION}]
-    prompts, teacher_prompts = [chat.render(None, QUESTION)] * 8, [chat.render(turns, QUESTION)] * 8
+    system = {"role": "system", "content": context_text(tokenizer, length)}
+    prompts = [chat.render(None, question) for question in QUESTIONS]
+    teacher_prompts = [chat.render([system, {"role": "user", "content": question}], question) for question in QUESTIONS]
     teacher = Teacher(student, shared=teacher_prompts[0][:length], dtype=torch.bfloat16 if low else None)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=True)
     split = dict.fromkeys(("rollout", "teacher", "student", "optimizer"), 0.0)
@@ -176,6 +177,7 @@ def our_step(folder: str, length: int, how: str, rounds: int) -> dict:
         began = time.perf_counter()
         cosd_step(student, teacher, Batch(prompts, teacher_prompts), "reverse_kl", eos=(), max_new_tokens=24, chunk=32,
                   generator=torch.Generator().manual_seed(round_), autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=low))
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         timed("optimizer", optimizer.step)()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - began)
@@ -190,7 +192,7 @@ def trl_step(folder: str, length: int, how: str, rounds: int) -> dict:
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    rows = [{"prompt": [{"role": "user", "content": QUESTION}], "privileged_context": context_text(tokenizer, length)}] * 8 * (rounds + 1)
+    rows = [{"prompt": [{"role": "user", "content": question}], "privileged_context": context_text(tokenizer, length)} for question in QUESTIONS] * (rounds + 1)
     config = SDFTConfig(
         output_dir="out/trl", per_device_train_batch_size=8, num_generations=1, max_steps=rounds + 1, max_prompt_length=None, max_completion_length=24,
         distillation_mode="full_logits", distillation_alpha=1.0, learning_rate=1e-6, report_to="none", save_strategy="no", use_cpu=True, bf16="bf16" in how,

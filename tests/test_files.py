@@ -15,6 +15,7 @@ from conftest import CHATML, ROOT, tiny_checkpoint
 import contexts
 import train
 from contexts import TEMPLATES, BadInput, file_task, final_number, make_scorer, open_chat, read_context, read_prompts
+from model import merged_copy
 from train import Config, main
 
 ROWS = [{"prompt": f"What is {a}?", "answer": str(a), "demonstration": f"It is {a}.", "solution": f"{a} = {a}"} for a in range(20, 36)]
@@ -115,6 +116,20 @@ def test_d_solution_and_shots_in_the_same_form(files, checkpoint):
     assert "20 =" not in student
 
 
+def test_b_example_turns_alone_still_get_the_deliberation_and_a_prompts_own_system_turn_no_template(files, checkpoint):
+    (files / "turns.json").write_text(json.dumps(PIRATE[1:]))
+    lines(files / "heldout.jsonl", [{"prompt": [{"role": "system", "content": "Mine."}, {"role": "user", "content": "y"}]}])
+    task = task_of(config(files, checkpoint, "specification", context_file=str(files / "turns.json")), checkpoint)
+    deliberation = "Before you answer, say which of these rules applies to the request, if any. Then act on it."
+    assert texts(task, task.heldout[0])[1].startswith(turn("system", deliberation + "\n\nMine.") + turn("user", "Hi") + turn("assistant", "Arr!"))
+
+
+def test_windows_line_ends_reach_no_token(files, checkpoint):
+    (files / "spec.md").write_bytes(b"One.\r\n\r\nTwo.\r\n")
+    task = task_of(config(files, checkpoint, "specification"), checkpoint)
+    assert "One.\n\nTwo.\n\nBefore" in texts(task, task.heldout[0])[1]
+
+
 def test_a_template_of_ones_own_and_braces_in_the_data(files, checkpoint):
     (files / "mine.txt").write_text("[{solution}] {prompt}")
     lines(files / "heldout.jsonl", [{"prompt": "{solution} {prompt}", "answer": "{prompt}"}])
@@ -133,6 +148,8 @@ def test_every_eighth_line_is_held_out_by_default(files, checkpoint):
 def test_all_end_tokens_of_the_generation_config_end_a_completion(tmp_path):
     chat = open_chat(str(tiny_checkpoint(tmp_path, eos=[256, 5])), 264)
     assert chat.ends == {256, 5, 257} and chat.end == 257
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(PIRATE[:2], add_generation_prompt=True)["input_ids"]
+    assert chat.render(PIRATE[:2], "unused") == theirs
 
 
 def test_plain_format_without_a_chat_template(tmp_path, files):
@@ -145,10 +162,9 @@ def test_plain_format_without_a_chat_template(tmp_path, files):
 
 def test_gpt2_through_tiktoken(tmp_path):
     """The checkpoint's merges.txt and vocab.json, read by tiktoken, give transformers' own token ids."""
-    alphabet = transformers.models.gpt2.tokenization_gpt2.bytes_to_unicode() if hasattr(transformers.models.gpt2.tokenization_gpt2, "bytes_to_unicode") else None
-    if alphabet is None:
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
-        alphabet = bytes_to_unicode()
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    alphabet = bytes_to_unicode()
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or"]
     tokens = [alphabet[b] for b in (*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173)]
     tokens += [merge.replace(" ", "") for merge in merges] + ["<|endoftext|>"]
@@ -158,6 +174,9 @@ def test_gpt2_through_tiktoken(tmp_path):
     chat = open_chat(str(tmp_path), len(tokens), gpt2=True)
     for text in ("hello world, hello", " 1+1=2\n\n  tabs\t", "naïve café ☕"):
         assert chat.encode(text) == theirs.encode(" " + text) and chat.decode(chat.encode(text)) == " " + text
+    assert contexts.gpt2_encoding(str(tmp_path)).n_vocab == len(tokens)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert contexts.gpt2_encoding(str(tmp_path)) is None                                            # then AutoTokenizer has its say
     assert chat.ends == {len(tokens) - 1} and chat.render(None, "hello") == theirs.encode("Question: hello\n\nAnswer:")
 
 
@@ -216,12 +235,12 @@ CASES = [
     ("too few", '{"prompt": "a"}\n', dict(heldout=None), "1 prompts are too few to hold out every eighth"),
     ("missing file", None, dict(prompts="nowhere.jsonl"), "No such file or directory: 'nowhere.jsonl'"),
     ("no context", None, dict(context_file=None), "train.jsonl:1: no context: give --context-file"),
-    ("context ends with user", None, dict(context_file='c.json=[{"role": "user", "content": "a"}]'), "c.json: a context ends with the assistant's turn"),
+    ("context ends with user", None, dict(context_file='c.json=[{"role": "user", "content": "a"}]'), "c.json: the last turn must be the assistant's, not the user's"),
     ("context not JSON", None, dict(context_file="c.json=[\n{]"), "c.json:2: not valid JSON"),
     ("trace without solution", None, dict(context_file='c.jsonl={"prompt": "a"}'), 'c.jsonl:1: a past problem needs a "prompt" in text and a "solution"'),
     ("too long", None, dict(context_file="c.txt=" + "x" * 600), "shorten the context, or lower --max_new_tokens"),
     ("no demonstration", '{"prompt": "a"}\n{"prompt": "b"}\n', dict(context="demonstrations", demonstrations="own"), 'train.jsonl:1: --demonstrations own needs a "demonstration"'),
-    ("small pool", '{"prompt": "a", "answer": "b"}\n', dict(context="demonstrations"), "--shots 4 needs more than 4 lines"),
+    ("small pool", '{"prompt": "a", "answer": "b"}\n', dict(context="demonstrations"), "--shots 4 needs more than 4 different prompts"),
     ("no solution", '{"prompt": "a"}\n', dict(context="privileged"), "train.jsonl:1: the context of type privileged is each line's"),
     ("nothing to imitate", '{"prompt": "a"}\n', dict(method="sft"), "train.jsonl:1: --method sft needs something to imitate"),
     ("no answer to score", None, dict(score="exact", heldout='h.jsonl={"prompt": "a"}'), 'h.jsonl:1: --score exact needs an "answer"'),
@@ -231,11 +250,25 @@ CASES = [
     ("score without file", None, dict(score="gone.py:f"), "there is no file gone.py"),
     ("score that does not load", None, dict(score="s.py=1/0:f"), "fails when it is loaded: ZeroDivisionError"),
     ("score without function", None, dict(score="s.py=x = 1:f"), "has no function f"),
-    ("template without its place", None, dict(template="t.txt=nothing"), "t.txt: a template for instructions needs {context}"),
+    ("template without its place", None, dict(template="t.txt=nothing"), "t.txt: a template for instructions needs {context}, and no other name in braces"),
+    ("template with another place", None, dict(template="t.txt={context} {answer}"), "t.txt: a template for instructions needs {context}, and no other"),
+    ("pool of one prompt", '{"prompt": "a", "answer": "b"}\n' * 9, dict(context="demonstrations"), "--shots 4 needs more than 4 different prompts"),
+    ("no shots", None, dict(context="demonstrations", shots=0, context_file=None), "--shots 0 leaves the teacher without any demonstration"),
+    ("half a character", '{"prompt": "\\ud800"}\n', {}, "train.jsonl:1: half a surrogate pair"),
+    ("line's context ends with user", '{"prompt": "a", "context": [{"role": "user", "content": "b"}]}\n', {}, "train.jsonl:1: \"context\": the last turn must be the assistant's"),
+    ("no perplexity", None, dict(unrelated="u.txt=x"), "u.txt: no paragraph has two tokens"),
+    ("missing text", None, dict(unrelated="u.txt"), "No such file or directory: 'u.txt'"),
+    ("one anchor", None, dict(anchor_file='a.jsonl={"prompt": "a"}'), "a.jsonl: one prompt is too few"),
+    ("score is no number", None, dict(score="s.py=f = lambda text, row: float('nan'):f"), "the score is not a number"),
+    ("alpha without adapters", None, dict(lora_alpha=4), "--export adapters and --lora_alpha need --lora RANK"),
+    ("negative alpha", None, dict(lora=2, lora_alpha=-1), "--lora_alpha -1.0 must be positive"),
+    ("frozen dtype without frozen weights", None, dict(teacher="ema", frozen_dtype="bf16"), "--frozen_dtype bf16 has no weights to apply to"),
+    ("two low precisions", None, dict(dtype="fp16", frozen_dtype="bf16"), "--frozen_dtype bf16 does not go with fp16 autocast: use --frozen_dtype fp16"),
+    ("own demonstrations of another type", None, dict(demonstrations="own"), "--demonstrations own goes with --context demonstrations"),
     ("template for a pool", None, dict(context="demonstrations", template="t.txt={prompt}"), "--template is not used with --demonstrations pool"),
     ("no such model", None, dict(model="/nowhere/model"), "--model /nowhere/model: "),
     ("anchors without file", None, dict(anchors=0.5), "--anchors needs --anchor_file"),
-    ("adapters without rank", None, dict(export="adapters"), "--export adapters needs --lora RANK"),
+    ("adapters without rank", None, dict(export="adapters"), "--export adapters and --lora_alpha need --lora RANK"),
     ("unknown target", None, dict(lora=2, lora_targets="q,z"), "--lora_targets z: choose from q,k,v"),
 ]
 
@@ -265,6 +298,29 @@ def test_too_long_says_by_how_many_tokens(files, checkpoint):
     longest = max(len(task.chat.render(task.draw(random.Random(i)).context, "")) for i in range(20))
     with pytest.raises(BadInput, match=rf"prompt with context \({longest} tokens\) and 460 new tokens exceed the model's 512 positions by {longest + 460 - 512}:"):
         task_of(replace(cfg, max_new_tokens=460), checkpoint)
+
+
+def test_too_long_counts_what_sft_imitates_and_shots_in_tokens(files, checkpoint):
+    lines(files / "train.jsonl", [{"prompt": "a", "answer": "x" * 600}, {"prompt": "b", "answer": "y"}])
+    cfg = config(files, checkpoint, "instructions", method="sft", heldout=str(files / "heldout.jsonl"))
+    with pytest.raises(BadInput, match="train.jsonl:1: the prompt .* and 601 new tokens exceed"):
+        file_task(cfg.for_method("sft"), open_chat(checkpoint, 264), 512, 8)
+    lines(files / "train.jsonl", [{"prompt": f"{i}", "answer": "x" * 100} for i in range(4)] + [{"prompt": f"{i}!", "answer": "☕" * 90} for i in range(3)])
+    with pytest.raises(BadInput, match="exceed the model's 512 positions"):                         # fewer characters, three times the tokens
+        task_of(config(files, checkpoint, "demonstrations", shots=2), checkpoint)
+
+
+def test_solved_problems_that_are_held_out_are_a_warning(files, checkpoint, capsys):
+    lines(files / "traces.jsonl", [{"prompt": "Tell me 21?", "solution": "2"}])
+    task_of(config(files, checkpoint, "instructions", context_file=str(files / "traces.jsonl")), checkpoint)
+    assert "shows the teacher the solution of" in capsys.readouterr().err
+
+
+def test_held_out_anchors_measure_the_drift(files, checkpoint):
+    anchors = lines(files / "anchors.jsonl", [{"prompt": f"Hello {i}."} for i in range(16)])
+    task = task_of(config(files, checkpoint, "instructions", anchor_file=anchors), checkpoint)
+    drawn = {task.draw_anchor(random.Random(i)).prompt for i in range(300)}
+    assert [e.prompt for e in task.probes["anchors"]] == ["Hello 7.", "Hello 15."] and len(drawn) == 14 and not drawn & {"Hello 7.", "Hello 15."}
 
 
 def test_the_world_takes_no_files_and_a_model_needs_them(capsys):
@@ -309,11 +365,13 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path, files, capsys)
     dict(context="demonstrations", score="contains"), dict(context="demonstrations", demonstrations="own", method="sft"), dict(context="specification", teacher="ema", lora=2),
     dict(context="instructions", lora=2, frozen_dtype="bf16", dtype="bf16", checkpointing=True, export="adapters"), dict(context="instructions", schedule="cosine", micro_batch=1),
     dict(context="instructions", teacher="live", schedule="constant"), dict(context="privileged", method="offline", lora=4, lora_targets="q,v"), dict(context="instructions", method="all"),
-    dict(context="instructions", frozen_dtype="bf16", anchors=0.5), dict(context="privileged", method="gkd", gkd_lambda=0.5, export="none"),
+    dict(context="instructions", frozen_dtype="bf16", anchors=0.5, score="exact"), dict(context="privileged", method="gkd", gkd_lambda=0.5, export="none"),
+    dict(context="instructions", dtype="fp16", frozen_dtype="fp16"), dict(context="instructions", dtype="fp16", frozen_dtype="fp16", lora=2, teacher="live"),
+    dict(context="instructions", lora=2, frozen_dtype="bf16", teacher="ema", dtype="bf16"), dict(context="instructions", divergence="policy_gradient"),
 ])
 def test_every_choice_runs_and_its_export_answers_as_the_student_does(files, checkpoint, changes):
     if changes.get("anchors"):
-        changes = changes | dict(anchor_file=lines(files / "anchors.jsonl", [{"prompt": "Hello."}, {"prompt": "Bye.", "context": "Be brief."}]))
+        changes = changes | dict(anchor_file=lines(files / "anchors.jsonl", [{"prompt": f"Hello {i}."} for i in range(15)] + [{"prompt": "Bye.", "context": "Be brief."}]))
     cfg = config(files, checkpoint, **dict(unrelated=str(files / "text.txt")) | changes)
     kept, original = {}, train.after_training
     with pytest.MonkeyPatch.context() as patch:
@@ -323,15 +381,16 @@ def test_every_choice_runs_and_its_export_answers_as_the_student_does(files, che
         assert {"teacher", "before", "after", "kl_before", "kl_after", "perplexity_before", "perplexity_after"} <= result.keys() and len(result["samples"]) >= 4
         assert ("drift" in result) == bool(changes.get("anchors")) and result["kl_before"] >= 0
         folder = Path(cfg.out) / f"{cfg.context}-{result['method']}-seed0"
-        assert not (folder / "checkpoint.pt").exists() and (folder / "result.json").exists()
+        assert (folder / "checkpoint.pt").exists() == (cfg.export == "none") and (folder / "result.json").exists()
         export = folder / "export"
         if cfg.export == "merged":
             student, theirs = kept[result["method"]], transformers.AutoModelForCausalLM.from_pretrained(export)
             ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(export).apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]])
             with torch.no_grad():
-                torch.testing.assert_close(theirs(ids).logits, student(ids), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(theirs(ids).logits, merged_copy(student)(ids), rtol=1e-4, atol=1e-5)
             assert theirs.generation_config.eos_token_id == [257]
         assert export.exists() == (cfg.export != "none") and (export / "adapter_config.json").exists() == (cfg.export == "adapters")
+    assert [r["method"] for r in story["results"]] == [cfg.method if cfg.method != "all" else "cosd"]
     assert "| KL before | KL after |" in story["report"] and "teacher, with C" in story["report"]
 
 
@@ -361,11 +420,45 @@ def test_a_run_with_adapters_is_resumed_to_the_same_bits(files, checkpoint, monk
         train.train(replace(cfg, resume=True))
 
 
+def test_a_refused_resume_overwrites_nothing_and_a_missing_export_is_said(files, checkpoint):
+    cfg = config(files, checkpoint, "instructions", export="none")
+    train.train(cfg)
+    run = Path(cfg.out) / "instructions-cosd-seed0"
+    with pytest.raises(BadInput, match="is complete, but there is no .*model.safetensors: run without --resume"):
+        train.train(replace(cfg, resume=True, export="merged"))
+    (run / "result.json").unlink()                                                                  # as if stopped before the evaluation
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(BadInput, match="another configuration: divergence"):
+        train.train(replace(cfg, resume=True, divergence="jsd"))
+    assert (run / "config.json").read_bytes() == before and (run / "checkpoint.pt").exists()
+    train.train(replace(cfg, resume=True, export="merged"))
+    assert (run / "export" / "model.safetensors").exists()
+
+
+def test_a_new_export_leaves_nothing_of_the_old_one(files, checkpoint):
+    for export, name in (("adapters", "adapter_model.safetensors"), ("merged", "model.safetensors")):
+        train.train(config(files, checkpoint, "instructions", lora=2, export=export))
+        found = {f.name for f in (files / "out/instructions-cosd-seed0/export").iterdir()}
+        assert name in found and len({"adapter_model.safetensors", "model.safetensors"} & found) == 1
+
+
+def test_broken_weights_and_adapters_that_gpt2_cannot_have(tmp_path, files, capsys):
+    folder = tiny_checkpoint(tmp_path / "model")
+    flags = ["--context", "instructions", "--prompts", str(files / "train.jsonl"), "--context-file", str(files / "pirate.json"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    (folder / "model.safetensors").write_bytes(b"xx")
+    assert main(["--model", str(folder), *flags]) == 2 and f"--model {folder}: " in capsys.readouterr().err
+    transformers.GPT2Config(vocab_size=264, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path / "gpt2")
+    assert main(["--model", str(tmp_path / "gpt2"), *flags, "--lora", "2", "--export", "adapters"]) == 2
+    assert "GPT-2 holds q, k and v in one matrix" in capsys.readouterr().err
+    assert main(["--model", str(tmp_path / "gpt2"), *flags, "--lora", "2", "--lora-targets", "gate"]) == 2
+    assert "this model's MLP has no gate" in capsys.readouterr().err
+
+
 def test_dry_run_prints_the_plan_and_loads_no_weights(files, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(train.GPT, "from_pretrained", None)
     assert train.train(config(files, checkpoint, "instructions", dry_run=True, lora=4))["results"] == []
     out = capsys.readouterr().out
-    assert "M parameters" in out and "of which" in out and "memory, estimated, GB: weights" in out
+    assert "M parameters" in out and "common to all" in out and "memory, estimated, GB: weights" in out
     assert not list((files / "out").iterdir())
 
 
@@ -379,5 +472,8 @@ def test_the_shipped_files_are_sound(checkpoint):
         assert field is None or all(row[field] for row in rows + heldout)
     for name in ("pirate", "policy"):
         assert read_context(str(data / f"{name}.json"))[0]["role"] == "system"
+    both = [read_prompts(str(data / f"sums{part}.jsonl")) for part in ("", "-heldout")]
+    terms = [{frozenset(re.findall(r"\d+", row["prompt"])) for row in rows} for rows in both]
+    assert not terms[0] & terms[1]                                                                  # nor in the other order
     assert all(eval(row["prompt"][8:-1]) == int(row["answer"]) for row in read_prompts(str(data / "sums.jsonl")))
     assert set(TEMPLATES) == set(contexts.TASKS)

@@ -69,6 +69,7 @@ def test_estimate_within_a_quarter_of_the_measured_peak(changes):
 def test_counts_are_those_of_the_module():
     from conftest import tiny_gpt
 
+    assert plan(Config(batch=4).for_method("cosd"), GPTConfig(64), torch.float32, 5, 20, common=7)["tokens a step"] == 7 + 4 * (5 + 24)
     for targets in (TARGETS, ("q", "down")):
         model = tiny_gpt()
         add_adapters(model, 3, 6.0, targets)
