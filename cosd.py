@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, KVCache, adapters_off, evaluating, merged_copy, merged_weights, pad_right
+from model import GPT, KVCache, adapters_off, common_beginning, evaluating, merged_copy, merged_weights, pad_right
 
 
 # ==================================================================================== 1. exact divergences
@@ -308,14 +308,18 @@ def completion_states(
     Prompt positions and padding never reach the vocabulary; the last token (EOS) is predicted but need not be read.
     What all prompts begin with is read once, with its gradient. `prefix` continues a context that was read before.
     """
-    if prefix is None:
-        prefix, prompts = model.read_common(prompts)
+    common = [] if prefix else common_beginning(prompts)
+    prompts = [p[len(common) :] for p in prompts]
     read = [list(p) + c[: n - 1] for p, c, n in zip(prompts, completion.tolist(), mask.sum(1).tolist())]
-    ids = pad_right(read).to(model.device)                             # (B, T)
+    ids, embedded = pad_right(read).to(model.device), None             # (B, T)
+    if common:                                                         # one lookup: each costs a gradient of (V, D)
+        looked_up = model.embed(torch.cat([torch.tensor(common, device=ids.device), ids.flatten()]))
+        first, embedded = looked_up[None, : len(common)], looked_up[len(common) :].view(*ids.shape, -1)
+        prefix = model.read(common, first)
     cache = KVCache(model.config, *ids.shape, prefix) if prefix else None
     row, j = mask.nonzero(as_tuple=True)                               # (n,), (n,)
     start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)
-    return model.hidden(ids, cache)[row, start[row] + j]               # (n, D)
+    return model.hidden(ids, cache, embedded)[row, start[row] + j]               # (n, D)
 
 
 def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tensor:

@@ -208,7 +208,8 @@ class Linear(nn.Linear):
         y = super().forward(x)
         if self.A is None or not self.adapting:
             return y
-        return y + (self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)).to(y.dtype)
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)
+        return torch.add(y, F.linear(F.linear(x, self.A), self.B).to(y.dtype), alpha=self.scale)
 
     def merged(self) -> Tensor:
         """W + (α/r) B A, with adapters in the adapters' dtype: rounded to a bf16 base's, small changes would be lost."""
@@ -295,11 +296,11 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V); the logits at t predict token t + 1."""
         return self.head(self.hidden(ids, cache))
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, embedded: Tensor | None = None) -> Tensor:
         """ids (B, T) -> states after the final norm (B, T, D): `head` turns the chosen ones into logits.
 
         With a cache ids continue each row where it stood, and the cache advances by T: under no_grad, unless this one
-        call fills it.
+        call fills it. `embedded` (B, T, D) are the ids' embeddings where they have been looked up already.
         """
         if ids.dim() != 2:
             raise ValueError(f"ids must be (B, T), not {tuple(ids.shape)}")
@@ -319,7 +320,7 @@ class GPT(nn.Module):
                 slots = slots + cache.length[:, None]                  # (B, T): the rows have come to different lengths
             cache.used += T
         positions = slots + offset
-        x = self.embed(ids)                                            # (B, T, D)
+        x = self.embed(ids) if embedded is None else embedded          # (B, T, D)
         rope = None
         if self.embed_position:
             x = x + self.embed_position(positions)
@@ -350,18 +351,11 @@ class GPT(nn.Module):
         """Write the adapters alone, as PEFT and vLLM read them; `base` is the name of the model that they belong to."""
         save_adapters(self, folder, base)
 
-    def read(self, ids: Sequence[int]) -> KVCache:
+    def read(self, ids: Sequence[int], embedded: Tensor | None = None) -> KVCache:
         """Read a context once: the cache to hand as `prefix` to any batch that starts with it."""
         cache = KVCache(self.config, 1, len(ids))
-        self.hidden(torch.tensor([list(ids)], device=self.device), cache)
+        self.hidden(torch.tensor([list(ids)], device=self.device), cache, embedded)
         return cache
-
-    def read_common(self, prompts: Sequence[Sequence[int]]) -> tuple[KVCache | None, Sequence[Sequence[int]]]:
-        """What all prompts begin with (a system turn, say), read once, and the rest of each; a token at least is left."""
-        common = os.path.commonprefix([list(p) for p in prompts])[: min(map(len, prompts)) - 1]
-        if len(prompts) == 1 or len(common) < 16:                      # fewer are not worth a pass of their own
-            return None, prompts
-        return self.read(common), [p[len(common) :] for p in prompts]
 
     @torch.no_grad()
     def generate(
@@ -384,7 +378,8 @@ class GPT(nn.Module):
         device = self.device
         with evaluating(self):
             if prefix is None:
-                prefix, prompts = self.read_common(prompts)
+                common = common_beginning(prompts)
+                prefix, prompts = self.read(common) if common else None, [p[len(common) :] for p in prompts]
             ids = pad_right(prompts).to(device)                        # (B, L)
             lengths = torch.tensor([len(p) for p in prompts], device=device)
             eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
@@ -421,6 +416,12 @@ def sample(
     cumulative = logits.softmax(-1).cumsum(-1)                         # (B, V); one uniform number a row picks the token:
     uniform = 1 - torch.rand(len(logits), 1, device=logits.device, generator=generator)   # in (0, 1], so never one of probability 0
     return (cumulative < uniform * cumulative[:, -1:]).sum(-1)         # torch.multinomial draws V numbers a row: far slower
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with (a system turn, say), to be read once; a token of each is left over."""
+    common = os.path.commonprefix([list(p) for p in prompts])[: min(map(len, prompts)) - 1]
+    return common if len(prompts) > 1 and len(common) >= 16 else []    # fewer are not worth a pass of their own
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import tiny_gpt
 
+import cosd
 import model as model_module
 from cosd import Batch, Teacher, completion_states, cosd_step
 from model import TARGETS, adapters_off, add_adapters, merged_copy, merged_weights
@@ -243,10 +244,10 @@ def test_the_gradient_flows_through_a_common_beginning_that_is_read_once(make, c
     start = torch.randint(23, (20,), generator=torch.Generator().manual_seed(5)).tolist()
     prompts, results, reads = [start + [1, 2, 3], start + [4], start + [5, 6]], [], []
     original = model_module.GPT.read
-    monkeypatch.setattr(model_module.GPT, "read", lambda self, ids: reads.append(torch.is_grad_enabled()) or original(self, ids))
+    monkeypatch.setattr(model_module.GPT, "read", lambda self, *args: reads.append(torch.is_grad_enabled()) or original(self, *args))
     for once in (True, False):
         if not once:
-            monkeypatch.setattr(model_module.GPT, "read_common", lambda self, prompts: (None, prompts))
+            monkeypatch.setattr(cosd, "common_beginning", lambda prompts: [])
         model = make()
         model.checkpointing = checkpointing
         teacher = Teacher(merged_copy(tiny_gpt(seed=9, **{"n_kv_head": 4} if model.config.n_kv_head == 4 else {})))
