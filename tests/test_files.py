@@ -1,6 +1,7 @@
 """Your own model and files: chat templates, tokenizers, contexts, templates, shots, scores; what is wrong is said with file and line."""
 
 import json
+import math
 import random
 import re
 import sys
@@ -392,6 +393,59 @@ def test_every_choice_runs_and_its_export_answers_as_the_student_does(files, che
         assert export.exists() == (cfg.export != "none") and (export / "adapter_config.json").exists() == (cfg.export == "adapters")
     assert [r["method"] for r in story["results"]] == [cfg.method if cfg.method != "all" else "cosd"]
     assert "| KL before | KL after |" in story["report"] and "teacher, with C" in story["report"]
+
+
+def test_the_flags_reach_the_model_and_the_teachers(files, checkpoint, monkeypatch):
+    """Rank, alpha, targets, checkpointing, the frozen teacher's dtype; anchors are always scored by the base."""
+    import model as model_module
+
+    anchors = lines(files / "anchors.jsonl", [{"prompt": f"Hello {i}."} for i in range(9)])
+    seen, checkpoints, original, checkpoint_ = [], [], train.cosd_step, model_module.checkpoint
+    monkeypatch.setattr(train, "cosd_step", lambda *args, **kwargs: seen.append(args) or original(*args, **kwargs))
+    monkeypatch.setattr(model_module, "checkpoint", lambda *args, **kwargs: checkpoints.append(1) or checkpoint_(*args, **kwargs))
+    train.train(config(files, checkpoint, "instructions", steps=1, lora=3, lora_targets="v,q", checkpointing=True, export="adapters"))
+    adapters = json.loads((files / "out/instructions-cosd-seed0/export/adapter_config.json").read_text())
+    assert (adapters["r"], adapters["lora_alpha"], adapters["target_modules"]) == (3, 6.0, ["q_proj", "v_proj"]) and checkpoints
+    checkpoints.clear()
+    train.train(config(files, checkpoint, "instructions", steps=1, lora=3, lora_alpha=5.0, export="adapters"))
+    assert json.loads((files / "out/instructions-cosd-seed0/export/adapter_config.json").read_text())["lora_alpha"] == 5.0 and not checkpoints
+    seen.clear()
+    train.train(config(files, checkpoint, "instructions", steps=1, frozen_dtype="bf16"))
+    train.train(config(files, checkpoint, "instructions", steps=1, teacher="ema", anchors=0.5, anchor_file=anchors))
+    (_, frozen, *_), (_, ema, *_), (_, base, anchored, _) = seen
+    assert frozen.model.embed.weight.dtype == torch.bfloat16 and (ema.kind, base.kind) == ("ema", "frozen")
+    assert base.model is not ema.model and anchored.prompts == anchored.teacher_prompts and len(anchored.prompts) == 1
+
+
+@pytest.mark.parametrize("schedule, left", [
+    ("decay", [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]), ("constant", [1] * 10), ("cosine", [(1 + math.cos(math.pi * s / 10)) / 2 for s in range(10)])])
+def test_schedules(files, checkpoint, schedule, left):
+    cfg = config(files, checkpoint, "instructions", steps=10, warmup=3, lr=1e-3, schedule=schedule, export="none")
+    train.train(cfg)
+    rates = [json.loads(line)["lr"] * 1e3 for line in (Path(cfg.out) / "instructions-cosd-seed0/metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([warm * rest for warm, rest in zip([0.25, 0.5, 0.75] + [1] * 7, left)], abs=1e-9)
+
+
+def test_kl_to_the_teacher_by_hand(files, checkpoint):
+    """KL(student‖teacher) on the student's own samples: the student without the context, the teacher with it."""
+    cfg = config(files, checkpoint, "instructions", chunk=3).for_method("cosd")
+    task, model = task_of(cfg, checkpoint), train.GPT.from_pretrained(checkpoint)
+    examples = task.heldout[:3]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    prompts = [task.chat.render(None, e.prompt) for e in examples]
+    ids, mask = model.generate(prompts, 8, eos=task.chat.ends, generator=train.torch_generator(model.device, 0, "held-out KL"))
+    values = []
+    for e, prompt, row, m in zip(examples, prompts, ids, mask):
+        said = row[m].tolist()
+        logs = []
+        for start in (prompt, task.chat.render(e.context, e.prompt)):
+            with torch.no_grad():
+                logs.append(model(torch.tensor([start + said]))[0, len(start) - 1 : -1].log_softmax(-1))
+        values.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1))
+    live, frozen = train.Teacher(model, "live"), train.Teacher(model, "frozen", shared=task.shared)
+    assert train.kl_to_teacher(live, frozen, examples, cfg, task.chat) == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
 
 
 def test_a_run_with_adapters_is_resumed_to_the_same_bits(files, checkpoint, monkeypatch):
