@@ -599,7 +599,7 @@ def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
     if shots >= max(1, len({row["prompt"] for row in pool})):
         raise BadInput(f"{cfg.prompts}: --shots {shots} needs more than {shots} different prompts in text, with a \"demonstration\", "
                        f"\"solution\" or \"answer\"; there are {len(pool)} such lines")
-    if pooled and not shots and not context:
+    if pooled and not shots and not context and not all(row.get("context") for row in rows + heldout):
         raise BadInput("--shots 0 leaves the teacher without any demonstration")
     if (cfg.context_file or "").lower().endswith(".jsonl"):
         solved = {key(row) for row in read_prompts(cfg.context_file)}
