@@ -319,7 +319,7 @@ def completion_states(
     cache = KVCache(model.config, *ids.shape, prefix) if prefix else None
     row, j = mask.nonzero(as_tuple=True)                               # (n,), (n,)
     start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)
-    return model.hidden(ids, cache, embedded)[row, start[row] + j]               # (n, D)
+    return model.hidden(ids, cache, embedded)[row, start[row] + j]     # (n, D)
 
 
 def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ Four ideas carry the file:
   slot = position        The KV cache keeps the token at position p in slot p. Prompts of different lengths are
                          padded on the right; a pad sits in a slot that no query may see until a real
                          token has overwritten it. No position ids, no padding mask.
-  shared prefix          A context that all rows share is read once, as one row, and never copied per row.
+  shared prefix          A context that all rows share is read once, as one row; without gradient it is never copied per row.
   adapters               LoRA is two more factors in a `Linear`; switched off, the model is the base it started from.
 
 Dimension key
@@ -515,8 +515,6 @@ GPT2_NAMES = {
     "transformer.h": "blocks", "ln_1": "norm1", "ln_2": "norm2", "attn.c_proj": "attention.out", "attn.c_attn": "attention.qkv",
     "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down",
 }
-
-
 CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")   # older files carry them
 
 

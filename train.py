@@ -145,7 +145,6 @@ class Config:
             raise BadInput("--divergence policy_gradient looks at sampled tokens only: --top_k and --chunk do not apply")
         if self.divergence == "policy_gradient" and (self.method in ("offline", "gkd") or self.temperature != 1):
             raise BadInput("--divergence policy_gradient needs the student's own samples: --method cosd and --temperature 1")
-
         if self.model and (self.context == "all" or not self.prompts):
             raise BadInput("--model needs --context (one type) and --prompts FILE")
         if given := [name for name in FILE_FIELDS if not self.model and getattr(self, name) != Config.__dataclass_fields__[name].default]:
@@ -601,11 +600,10 @@ def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dt
     # Pre-flight: the teacher is the ceiling. If it does not beat the student there is nothing to distil.
     with autocast() if cfg.model else nullcontext():
         before = before_training(tuned, teacher, task, cfg)
-    found = [f"{name} {before[key][grade]:.2f}" for key, name in (("teacher", "with C (teacher)"), ("before", "without (student)"))
-             for grade in ("score",) if grade in before[key]]
-    found = "held-out score " + ", ".join(found) if found else "no --score"
+    ceiling, floor = before["teacher"].get("score"), before["before"].get("score")
+    found = "no --score" if ceiling is None else f"held-out score with C (teacher) {ceiling:.2f}, without (student) {floor:.2f}"
     print(f"\n{label}: {found}" + (f"; KL(student‖teacher) {before['kl_before']:.3f} nats per token" if "kl_before" in before else ""))
-    if "score" in before["teacher"] and before["teacher"]["score"] <= before["before"]["score"]:
+    if ceiling is not None and ceiling <= floor:
         print("  The teacher does not beat the student: this context cannot teach this model anything. Going on, to show it.")
 
     objective = make_objective(cfg)
