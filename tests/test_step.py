@@ -303,3 +303,19 @@ def test_autocast_keeps_fp32_masters_and_nearly_the_gradient(dtype, chunk):
     assert F.cosine_similarity(gradient, exact, dim=0) > 0.99 and (gradient.norm() / exact.norm() / 1024 - 1).abs() < 0.1
     rollout = Batch(PROMPTS, TEACHER_PROMPTS)
     assert step(student, teacher, rollout, autocast=lambda: torch.autocast("cpu", dtype))[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_an_objective_of_ones_own_cannot_let_gradient_into_the_teacher(chunk):
+    """With a live teacher its head is the student's own weight: the step itself must cut it off, not only our divergences."""
+    def squared(student_logits, teacher_logits):                                                    # detaches nothing
+        return ((student_logits - teacher_logits) ** 2).sum(-1)
+
+    batch = lambda: Batch([[1, 2, 3], [4, 5]], [[7, 1, 2, 3], [7, 4, 5]], torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool))
+    gradients = []
+    for kind in ("live", "frozen"):                                                                 # equal weights: equal gradients, or some went through
+        model = tiny_gpt()
+        cosd_step(model, Teacher(model, kind), batch(), squared, eos=(), max_new_tokens=3, chunk=chunk)
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
