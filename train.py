@@ -86,7 +86,7 @@ class Config:
     lora: int = 0                          # rank of the adapters; 0: train all weights
     lora_alpha: float | None = None        # default: twice the rank
     lora_targets: str = ",".join(TARGETS)
-    checkpointing: bool = False            # compute the blocks again in the backward pass: less memory, a third slower
+    checkpointing: bool = False            # compute the blocks again in the backward pass: less memory, a slower step
     frozen_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"     # of weights without gradient: the frozen teacher, the base under LoRA
     # your own model and files
     model: str | None = None               # a folder or hub name; without: the built-in world
