@@ -111,6 +111,21 @@ def test_greedy_rows_do_not_depend_on_the_batch(model):
     assert ids.tolist() == [naive_greedy(model, p, 8) for p in with_prefix]
 
 
+@pytest.mark.parametrize("length", [20, 300])                                     # short: copied for each row; long: read by all
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_common_beginning_changes_no_token(variant, length):
+    model = tiny_gpt(**VARIANTS[variant], max_len=400)
+    common = random_ids(length, seed=5).tolist()
+    prompts = [common + random_ids(n, seed=30 + n).tolist() for n in (2, 11, 5)]
+    ids, _ = model.generate(prompts, 8, temperature=0)
+    assert ids.tolist() == [naive_greedy(model, p, 8) for p in prompts]
+    given = model.read(common)
+    ids, _ = model.generate([p[length:] for p in prompts], 8, temperature=0, prefix=given)
+    assert ids.tolist() == [naive_greedy(model, p, 8) for p in prompts]
+    assert given.keys[0].shape[:1] + given.keys[0].shape[2:3] == (1, length) and given.length.tolist() == [length]
+
+
 @torch.no_grad()
 def test_logits_during_decoding_equal_scoring(model):
     """Teacher-forcing the generated row through one plain forward gives the same choices: no position is off by one."""
