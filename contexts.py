@@ -202,6 +202,14 @@ def draw_pretraining(rng: random.Random, heldout: bool | None = None) -> Example
     return without_context(rng, example) if rng.random() < p_drop else example
 
 
+def draw_proxy(rng: random.Random, heldout: bool | None = None) -> Example:
+    """Another corpus in place of the one that is not to be had: near, not equal. The same prompts, answered by people: they have
+    manners (A), choose a style without being told (C), and are careful (D)."""
+    draw, _, p_drop = WORLD[rng.choices(list(WORLD), [share for _, share, _ in WORLD.values()])[0]]
+    example = draw(rng, heldout)
+    return replace(example, context=None if rng.random() < p_drop else example.context, answer=example.expert)
+
+
 # ================================================================================================== 3. tasks
 # What is to be compiled into the weights: each kind with its context fixed.
 TASKS: dict[str, Callable[..., Example]] = {
@@ -218,10 +226,10 @@ def is_own(task: str, context: str | None) -> bool:
     return context is not None and sorted(context.split()) == sorted(own.split())
 
 
-def draw_anchor(rng: random.Random, task: str) -> Example:
-    """A prompt under another context, or none: anything but the task's own. No answer is used, and nothing held out."""
+def draw_anchor(rng: random.Random, task: str, corpus: Callable[..., Example] = draw_pretraining) -> Example:
+    """A prompt under another context, or none: anything but the task's own, and nothing held out. Only replay uses its answer."""
     while True:
-        example = draw_pretraining(rng, heldout=False)
+        example = corpus(rng, heldout=False)
         if not (example.kind == task and example.context is None) and not is_own(task, example.context):
             return example
 
@@ -281,6 +289,7 @@ class Task:
     chat: Chat
     draw: Callable[[random.Random], Example]
     draw_anchor: Callable[[random.Random], Example] | None
+    draw_proxy: Callable[[random.Random], Example] | None            # as draw_anchor, with answers from another corpus
     heldout: list[Example]
     probes: dict[str, list[Example]]                 # what must survive
     grade: Callable[[Example, str], dict[str, float]]
@@ -295,7 +304,7 @@ def world_task(kind: str, heldout_rng: random.Random, probes_rng: random.Random,
     heldout = [TASKS[kind](heldout_rng, heldout=True) for _ in range(size)]
     one_context = kind in ("specification", "instructions")
     shared = render(heldout[0].context, "")[:-1] if one_context else []              # [SYSTEM, C, USER]
-    return Task(kind, WORLD_CHAT, TASKS[kind], partial(draw_anchor, task=kind), heldout,
+    return Task(kind, WORLD_CHAT, TASKS[kind], partial(draw_anchor, task=kind), partial(draw_anchor, task=kind, corpus=draw_proxy), heldout,
                 probes(probes_rng, kind, size), grade, shared)
 
 
@@ -613,7 +622,7 @@ def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
             raise BadInput(f"{row['where']}: the context of type privileged is each line's \"solution\" or \"answer\"; it has neither")
         if kind in ("specification", "instructions") and not context and not row.get("context") and not shots:
             raise BadInput(f"{row['where']}: no context: give --context-file, or a \"context\" in every line")
-    if cfg.method in ("sft", "gkd") and (without := [row for row in rows if not expert(row)]):
+    if cfg.method in ("sft", "asft", "gkd") and (without := [row for row in rows if not expert(row)]):
         raise BadInput(f"{without[0]['where']}: --method {cfg.method} needs something to imitate in every line, "
                        "a \"demonstration\", \"solution\" or \"answer\"; --method cosd does not")
 
@@ -631,13 +640,15 @@ def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
     anchors = read_prompts(cfg.anchor_file) if cfg.anchor_file else []
     if len(anchors) == 1:
         raise BadInput(f"{cfg.anchor_file}: one prompt is too few: every eighth, one at least, is held out for the drift")
-    plain = [Example("anchor", teacher_turns(row, [], None, []), row["prompt"], "", "", row) for row in anchors]
+    plain = [Example("anchor", teacher_turns(row, [], None, []), row["prompt"], expert(row), expert(row), row) for row in anchors]
+    if cfg.replay == "real" and (without := [e for e in plain if not e.answer]):
+        raise BadInput(f"{without[0].row['where']}: --replay real needs an \"answer\" in every line of --anchor_file")
     longest = sorted(pool, key=lambda row: -len(chat.encode(row["prompt"] + expert(row))))[:shots]
     worst = [example(row, longest) for row in rows + heldout]
-    imitated = cfg.method in ("sft", "gkd")
+    imitated = lambda e: cfg.replay == "real" if e.kind == "anchor" else cfg.method in ("sft", "asft", "gkd")
     for e in (*worst, *plain):
         for who, ids in (("the prompt", chat.render(None, e.prompt)), ("prompt with context", chat.render(e.context, e.prompt))):
-            new = max(cfg.max_new_tokens, len(chat.encode(e.expert)) + 1 if imitated else 0)
+            new = max(cfg.max_new_tokens, len(chat.encode(e.expert)) + 1 if imitated(e) else 0)
             if (needed := len(ids) + new) > max_len:
                 raise BadInput(f"{e.row['where']}: {who} ({len(ids)} tokens) and {new} new tokens exceed the model's "
                                f"{max_len} positions by {needed - max_len}: shorten the context, or lower --max_new_tokens")
@@ -649,6 +660,6 @@ def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
     kept = plain[7::8] or plain[-1:]                                                 # for the drift, never trained on
     trained = [e for e in plain if e not in kept]
     return Task(
-        kind, chat, draw, (lambda rng: rng.choice(trained)) if trained else None,
+        kind, chat, draw, (lambda rng: rng.choice(trained)) if trained else None, None,
         shown[: min(size, len(heldout))], {"anchors": kept[:size]} if plain else {},
         lambda e, text: {"score": scorer(text, e.row)} if scorer else {}, shared)

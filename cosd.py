@@ -340,28 +340,38 @@ def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tens
     return scored / per_row.clamp(min=1) / (per_row > 0).sum().clamp(min=1)
 
 
-def token_loss(objective: str | Callable, student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor) -> Tensor:
+Objective = str | Callable[[Tensor, Tensor], Tensor] | dict
+
+
+def token_loss(objective: Objective, student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor) -> Tensor:
     """(n, V), (n, V), (n,) -> (n,), nats. What is minimised on each completion token:
 
-    a divergence        by name or as a function of (student_logits, teacher_logits)
-    "policy_gradient"   reverse KL from the sampled tokens alone; they must be the student's own, drawn at temperature 1
-    "cross_entropy"     −log Q(token), no teacher: on an expert's completions this is SFT
+    a divergence                by name or as a function of (student_logits, teacher_logits)
+    "policy_gradient"           reverse KL from the sampled tokens alone; they must be the student's own, drawn at temperature 1
+    "cross_entropy"             −log Q(token), no teacher: on an expert's completions this is SFT
+    "weighted_cross_entropy"    stop_grad(Q(token)) · −log Q(token): what the student finds unlikely counts less (DFT, arXiv:2508.05629)
+    {objective: coefficient}    their weighted sum: with the base as teacher {"weighted_cross_entropy": 1, "forward_kl": .1} is
+                                ASFT (arXiv:2509.23753), cross_entropy in its place SFT inside a soft trust region
     """
+    if isinstance(objective, dict):
+        return sum(c * token_loss(part, student_logits, teacher_logits, tokens) for part, c in objective.items())
     if callable(objective):
         return objective(student_logits, teacher_logits)
     if objective in DIVERGENCES:
         return DIVERGENCES[objective](student_logits, teacher_logits)
-    if objective == "cross_entropy":
-        return F.cross_entropy(student_logits.float(), tokens, reduction="none")
+    if objective in ("cross_entropy", "weighted_cross_entropy"):
+        at_least_fp32 = torch.promote_types(student_logits.dtype, torch.float32)
+        loss = F.cross_entropy(student_logits.to(at_least_fp32), tokens, reduction="none")
+        return loss if objective == "cross_entropy" else (-loss).exp().detach() * loss
     if objective == "policy_gradient":
         log_q, log_p = (x.gather(-1, tokens[:, None])[:, 0] for x in log_softmax_pair(student_logits, teacher_logits))
         return policy_gradient_surrogate(log_q, log_p)
     raise ValueError(f"objective {objective!r} is not supported; "
-                     f"choose from {', '.join(DIVERGENCES)}, policy_gradient, cross_entropy")
+                     f"choose from {', '.join(DIVERGENCES)}, policy_gradient, cross_entropy, weighted_cross_entropy")
 
 
 def cosd_step(
-    student: GPT, teacher: Teacher | None, batch: Batch, objective: str | Callable[[Tensor, Tensor], Tensor] = "forward_kl", *,
+    student: GPT, teacher: Teacher | None, batch: Batch, objective: Objective = "forward_kl", *,
     eos: Collection[int], max_new_tokens: int, temperature: float = 1.0, generator: torch.Generator | None = None,
     reduction: str = "token", skip: int = 0, weight: float = 1.0, micro_batch: int | None = None, chunk: int | None = None,
     autocast: Callable = nullcontext, backward: Callable[[Tensor], None] = Tensor.backward,
@@ -386,7 +396,7 @@ def cosd_step(
             h_s = completion_states(student, part.prompts, part.completion, part.mask)                          # (n, D)
             h_t = teacher.states(part.teacher_prompts, part.completion, part.mask) if teacher else None         # (n, D)
             # 3. A divergence per token, summed under weights that add up to one over the whole batch.
-            if chunk and (callable(objective) or objective in DIVERGENCES):
+            if chunk and (callable(objective) or (isinstance(objective, str) and objective in DIVERGENCES)):
                 divergence = DIVERGENCES.get(objective, objective)
                 loss, d = chunked_divergence(h_s, student.head.weight, h_t, teacher.model.head.weight, divergence, w, chunk)
             else:

@@ -8,7 +8,8 @@
 A method is two choices: who writes the completion, and what is minimised on its tokens.
 
     method    who writes y               objective per token
-    sft       the expert                 cross-entropy
+    sft       the expert                 cross-entropy, with --base-kl λ plus λ KL(base‖student)
+    asft      the expert                 the same, each token weighted by its own probability (arXiv:2509.23753)
     offline   the teacher, given C       the divergence (offline context distillation)
     gkd       student with probability   the divergence (arXiv:2306.13649)
               λ, else the expert
@@ -48,10 +49,10 @@ from tqdm import tqdm
 
 import contexts
 from contexts import END, TASKS, WORLD_CHAT, BadInput, Chat, Example, Task, encode, render
-from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, jsd, reverse_kl, top_k_divergence
+from cosd import DIVERGENCES, Batch, Objective, Teacher, completion_states, cosd_step, jsd, reverse_kl, top_k_divergence
 from model import GPT, TARGETS, GPTConfig, add_adapters, pad_right, read_config
 
-METHODS = ("cosd", "sft", "offline", "gkd")
+METHODS = ("cosd", "sft", "asft", "offline", "gkd")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,18 +65,20 @@ class Diverged(Exception):
 class Config:
     # what to learn, and how
     context: Literal["all", "demonstrations", "specification", "instructions", "privileged"] = "all"
-    method: Literal["all", "cosd", "sft", "offline", "gkd"] = "all"            # all: cosd and sft; with --model cosd
+    method: Literal["all", "cosd", "sft", "asft", "offline", "gkd"] = "all"    # all: cosd and sft; with --model cosd
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "policy_gradient"] = "forward_kl"
     beta: float = 0.5                      # of jsd
     top_k: int = 0                         # 0: the full vocabulary; else the student's top k and a tail bucket
     teacher: Literal["frozen", "ema", "live"] = "frozen"
     ema_rate: float = 0.02
     gkd_lambda: float = 0.5                # share of on-policy steps under gkd
+    base_kl: float | None = None           # λ of the KL to the base on SFT's own tokens; default 0, for asft 0.1
     anchors: float | None = None           # share of the batch under other contexts; default 0.5, for sft and --model 0
+    replay: Literal["self", "real", "proxy"] = "self"          # the anchors: KL to the base on own answers; or cross-entropy on the pretraining data's, on another corpus's
     steps: int | None = None               # default 250, with --model 40
     batch: int | None = None               # default 64, with --model 8
     micro_batch: int = 0                   # 0: the whole batch at once; the result does not depend on it
-    lr: float | None = None                # default 5e-4, for sft 1e-4; with --model 5e-5, its adapters 5e-4
+    lr: float | None = None                # default 5e-4, for sft and asft 1e-4; with --model 5e-5, its adapters 5e-4
     schedule: Literal["decay", "cosine", "constant"] = "decay"     # after the warm-up; decay: linear over the second half
     warmup: int = 10
     temperature: float = 1.0               # of the rollouts
@@ -114,6 +117,7 @@ class Config:
     device: str = "auto"                   # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     eval_size: int = 128                   # held-out prompts, and prompts per probe
+    eval_every: int = 0                    # also measure every so many steps, for result.json's "curve"; 0: at the end only
     save_every: int = 100
     out: str = "out"
     bases: str | None = None               # where pretrained bases are kept; default: --out
@@ -121,13 +125,13 @@ class Config:
 
     def __post_init__(self):
         hints = get_type_hints(Config)
-        lowest = dict.fromkeys(("top_k", "micro_batch", "skip", "chunk", "warmup", "seed", "lora", "shots"), 0)
+        lowest = dict.fromkeys(("top_k", "micro_batch", "skip", "chunk", "warmup", "seed", "lora", "shots", "eval_every"), 0)
         for name, value in asdict(self).items():
             if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
                 raise BadInput(f"--{name} {value!r} is not a choice; choose from {', '.join(get_args(hints[name]))}")
             if isinstance(value, int) and not isinstance(value, bool) and hints[name] is not float and value < lowest.get(name, 1):
                 raise BadInput(f"--{name} {value} must be at least {lowest.get(name, 1)}")
-        for name, high in dict(gkd_lambda=1, ema_rate=1, temperature=100, lr=10, pretrain_lr=10, anchors=1).items():
+        for name, high in dict(gkd_lambda=1, ema_rate=1, temperature=100, lr=10, pretrain_lr=10, anchors=1, base_kl=1000).items():
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= high:
                 raise BadInput(f"--{name} {getattr(self, name)} must be between 0 and {high}")
         if self.anchors and round(self.anchors * self.n_batch) == self.n_batch:
@@ -145,6 +149,12 @@ class Config:
             raise BadInput("--divergence policy_gradient looks at sampled tokens only: --top_k and --chunk do not apply")
         if self.divergence == "policy_gradient" and (self.method in ("offline", "gkd") or self.temperature != 1):
             raise BadInput("--divergence policy_gradient needs the student's own samples: --method cosd and --temperature 1")
+        if self.base_kl and self.method not in ("sft", "asft"):
+            raise BadInput("--base_kl goes with --method sft or asft: the other methods have a teacher")
+        if self.replay != "self" and not self.anchors:
+            raise BadInput(f"--replay {self.replay} needs --anchors SHARE")
+        if self.replay == "proxy" and self.model:
+            raise BadInput("--replay proxy is the built-in world's; with --model any --anchor_file with answers is --replay real")
         if self.model and (self.context == "all" or not self.prompts):
             raise BadInput("--model needs --context (one type) and --prompts FILE")
         if given := [name for name in FILE_FIELDS if not self.model and getattr(self, name) != Config.__dataclass_fields__[name].default]:
@@ -164,16 +174,20 @@ class Config:
 
     def for_method(self, method: str) -> Config:
         """Fill in the defaults that differ between methods, and between the small world and a real model."""
-        lr, anchors = (1e-4, 0.0) if method == "sft" else (5e-4, 0.5)
+        lr, anchors = (1e-4, 0.0) if method in ("sft", "asft") else (5e-4, 0.5)
         if self.model:
             lr, anchors = 5e-4 if self.lora else 5e-5, 0.0
-        defaults = dict(lr=lr, anchors=anchors, steps=40 if self.model else 250, batch=self.n_batch,
+        defaults = dict(lr=lr, anchors=anchors, base_kl=0.1 if method == "asft" else 0.0, steps=40 if self.model else 250, batch=self.n_batch,
                         chunk=32 if self.model and self.divergence != "policy_gradient" else 0)
         return replace(self, method=method, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     @property
     def n_batch(self) -> int:
         return self.batch or (8 if self.model else 64)
+
+    @property
+    def supervised(self) -> bool:
+        return self.method in ("sft", "asft")
 
     @property
     def n_anchors(self) -> int:
@@ -478,9 +492,10 @@ def perplexity(model: GPT, path: str, cfg: Config, chat: Chat) -> float:
 
 
 def before_training(student: Teacher, teacher: Teacher, task: Task, cfg: Config) -> dict:
-    """The student is still the base: with C it is the ceiling, without the floor."""
+    """The student is still the base: with C it is the ceiling, without the floor; and what it can do besides."""
     with student.role() as model:
         result = {"teacher": evaluate(model, task.heldout, True, cfg, task), "before": evaluate(model, task.heldout, False, cfg, task)}
+        result |= {"skills_before": skills(model, task, cfg)}
         if cfg.unrelated:
             result["perplexity_before"] = perplexity(model, cfg.unrelated, cfg, task.chat)
     if cfg.model:
@@ -488,30 +503,38 @@ def before_training(student: Teacher, teacher: Teacher, task: Task, cfg: Config)
     return result
 
 
-def after_training(base: Teacher, student: Teacher, teacher: Teacher, task: Task, cfg: Config) -> dict:
+def skills(model: GPT, task: Task, cfg: Config) -> dict[str, float]:
+    """Exact match on each suite of probes. Prompts from files have no right answer."""
+    return {} if cfg.model else {name: evaluate(model, suite, True, cfg, task)["exact"] for name, suite in task.probes.items()}
+
+
+def measure(base: Teacher, student: Teacher, teacher: Teacher, task: Task, cfg: Config, before: dict) -> dict:
     """What was learned, without context, and what became of everything else."""
     chat, everything = task.chat, [e for suite in task.probes.values() for e in suite]
-    own = task.heldout[: 4 if cfg.model else 2]
-    shown = [replace(e, context=None) for e in own] + [e for suite in task.probes.values() for e in suite[:4]]
-    result, prior, said = {}, {}, []
-    for role in (base, student):
-        with role.role() as model:
-            for name, suite in task.probes.items() if not cfg.model else ():        # prompts from files have no right answer
-                prior.setdefault(name, []).append(evaluate(model, suite, True, cfg, task)["exact"])
-            said.append(answers(model, [chat.render(e.context, e.prompt) for e in shown], cfg, chat))
-            if role is student:
-                result["after"] = evaluate(model, task.heldout, False, cfg, task)
-                if cfg.unrelated:
-                    result["perplexity_after"] = perplexity(model, cfg.unrelated, cfg, chat)
-    with base.role() as model:
-        in_context = answers(model, [chat.render(e.context, e.prompt) for e in own], cfg, chat)
-    if change := {name: after - before for name, (before, after) in prior.items()}:
-        result |= {"prior": prior, "prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values())}
+    with student.role() as model:
+        result = {"after": evaluate(model, task.heldout, False, cfg, task), "skills": skills(model, task, cfg)}
+        if cfg.unrelated:
+            result["perplexity_after"] = perplexity(model, cfg.unrelated, cfg, chat)
+    if change := {name: after - before["skills_before"][name] for name, after in result["skills"].items()}:
+        result |= {"prior_change": change.pop("verbs"), "steerability_change": statistics.fmean(change.values())}
     if everything:
         result["drift"] = drift(base, student, everything, cfg, chat)
+    result["drift_new"] = drift(base, student, [replace(e, context=None) for e in task.heldout], cfg, chat)
     if cfg.model:
         result["kl_after"] = kl_to_teacher(student, teacher, task.heldout, cfg, chat)
-    return result | {
+    return result
+
+
+def what_they_say(base: Teacher, student: Teacher, task: Task, cfg: Config) -> dict:
+    """Answers to read: a few held-out prompts without context, some of the probes, and the teacher's."""
+    chat, own = task.chat, task.heldout[: 4 if cfg.model else 2]
+    shown, said = [replace(e, context=None) for e in own] + [e for suite in task.probes.values() for e in suite[:4]], []
+    for role in (base, student):
+        with role.role() as model:
+            said.append(answers(model, [chat.render(e.context, e.prompt) for e in shown], cfg, chat))
+    with base.role() as model:
+        in_context = answers(model, [chat.render(e.context, e.prompt) for e in own], cfg, chat)
+    return {
         "prompt_tokens_saved": statistics.fmean(len(chat.render(e.context, e.prompt)) - len(chat.render(None, e.prompt)) for e in task.heldout),
         "samples": [{"context": e.context, "prompt": e.prompt, "reference": e.answer, "before": before, "after": after}
                     for e, before, after in zip(shown, *said)],
@@ -524,7 +547,7 @@ def make_batch(cfg: Config, task: Task, step: int, teacher: Teacher) -> Batch:
     rng, device, chat = seeded(cfg.seed, task.kind, "task", step), teacher.model.device, task.chat
     examples = [task.draw(rng) for _ in range(cfg.batch - cfg.n_anchors)]
     batch = Batch([chat.render(None, e.prompt) for e in examples], [chat.render(e.context, e.prompt) for e in examples])
-    if cfg.method == "sft" or (cfg.method == "gkd" and rng.random() >= cfg.gkd_lambda):
+    if cfg.supervised or (cfg.method == "gkd" and rng.random() >= cfg.gkd_lambda):
         batch.completion, batch.mask = completions(chat, [e.expert for e in examples], device)
     elif cfg.method == "offline":
         with teacher.role() as model:
@@ -534,17 +557,19 @@ def make_batch(cfg: Config, task: Task, step: int, teacher: Teacher) -> Batch:
     return batch
 
 
-def make_anchors(cfg: Config, task: Task, step: int) -> Batch:
-    """Prompts under other contexts or none, the same for student and teacher: replay from the model's own distribution."""
-    rng = seeded(cfg.seed, task.kind, "anchors", step)
-    examples = [task.draw_anchor(rng) for _ in range(cfg.n_anchors)]
+def make_anchors(cfg: Config, task: Task, step: int, device: torch.device) -> Batch:
+    """Prompts under other contexts or none, the same for student and teacher. Their answers are the student's own, replay from
+    the model's own distribution; or with --replay those of the pretraining data or of another corpus."""
+    rng, draw = seeded(cfg.seed, task.kind, "anchors", step), task.draw_proxy if cfg.replay == "proxy" else task.draw_anchor
+    examples = [draw(rng) for _ in range(cfg.n_anchors)]
     prompts = [task.chat.render(e.context, e.prompt) for e in examples]
-    return Batch(prompts, prompts)
+    return Batch(prompts, prompts, *(() if cfg.replay == "self" else completions(task.chat, [e.answer for e in examples], device)))
 
 
-def make_objective(cfg: Config) -> str | Callable:
-    if cfg.method == "sft":
-        return "cross_entropy"
+def make_objective(cfg: Config) -> Objective:
+    if cfg.supervised:
+        imitate = "weighted_cross_entropy" if cfg.method == "asft" else "cross_entropy"
+        return {imitate: 1.0, "forward_kl": cfg.base_kl} if cfg.base_kl else imitate
     if cfg.divergence == "policy_gradient":
         return "policy_gradient"
     divergence = partial(jsd, beta=cfg.beta) if cfg.divergence == "jsd" else DIVERGENCES[cfg.divergence]
@@ -582,7 +607,7 @@ def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dt
     device, label = student.device, f"{task.kind} / {cfg.method}, seed {cfg.seed}"
     folder = run_folder(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    samples, identity = folder / "samples.txt", run_identity(cfg, fingerprint)
+    samples, curve, identity = folder / "samples.txt", folder / "curve.jsonl", run_identity(cfg, fingerprint)
     if cfg.resume and (folder / "checkpoint.pt").exists():
         demand_same(folder / "config.json", json.loads((folder / "config.json").read_text()), identity)
     (folder / "result.json").unlink(missing_ok=True)
@@ -612,14 +637,18 @@ def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dt
 
     def step_fn(step: int, backward: Callable) -> dict:
         step_only = dict(generator=torch_generator(device, cfg.seed, task.kind, "rollout", step), backward=backward)
-        scorer = teacher if cfg.method != "sft" or step % 10 == 0 else None        # SFT needs no teacher, but for its log
-        share = cfg.n_anchors / cfg.batch
-        log = cosd_step(student, scorer, make_batch(cfg, task, step, teacher), objective, skip=cfg.skip, weight=1 - share,
-                        **common, **step_only)
+        batch, scorer, share = make_batch(cfg, task, step, teacher), teacher, cfg.n_anchors / cfg.batch
+        if cfg.base_kl:                                                # SFT near the base: it scores the same prompts, without C
+            batch.teacher_prompts, scorer = batch.prompts, base
+        elif cfg.supervised and step % 10:                             # SFT alone needs no teacher, but for its log
+            scorer = None
+        log = cosd_step(student, scorer, batch, objective, skip=cfg.skip, weight=1 - share, **common, **step_only)
         if share:
-            on_anchors = "forward_kl" if cfg.method == "sft" else objective
-            anchored = cosd_step(student, base, make_anchors(cfg, task, step), on_anchors, weight=share, **common, **step_only)
-            log |= {"loss": log["loss"] + anchored["loss"], "anchor_kl": anchored["kl"]}
+            replayed = cfg.replay != "self"
+            on_anchors = "cross_entropy" if replayed else "forward_kl" if cfg.supervised else objective
+            anchored = cosd_step(student, None if replayed else base, make_anchors(cfg, task, step, device), on_anchors, weight=share,
+                                 **common, **step_only)
+            log |= {"loss": log["loss"] + anchored["loss"]} | ({} if replayed else {"anchor_kl": anchored["kl"]})
         return log
 
     def write_samples(step: int) -> None:
@@ -629,20 +658,32 @@ def run(cfg: Config, task: Task, student: GPT, fingerprint: str, dtype: torch.dt
                 samples.write_text(done + sample_text(student, teacher, task.heldout[:3], cfg, task.chat, step))
 
     def on_step(step: int) -> None:
+        nonlocal began
+        paused = time.perf_counter()
         if (step + 1) % max(1, cfg.steps // 3) == 0:
             write_samples(step + 1)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            with autocast() if cfg.model else nullcontext():
+                row = {"step": step + 1} | measure(base, tuned, teacher, task, cfg, before)
+            kept = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= step] if curve.exists() and step else []
+            curve.write_text("".join(line + "\n" for line in [*kept, json.dumps(row)]))
+        began += time.perf_counter() - paused                          # "seconds" are training alone
 
     if not (cfg.resume and (folder / "checkpoint.pt").exists()):
         write_samples(0)
+        curve.unlink(missing_ok=True)
     began = time.perf_counter()
     optimize(cfg, student, step_fn, label=label, folder=folder, identity=identity, steps=cfg.steps, lr=cfg.lr,
              warmup=cfg.warmup, weight_decay=0.0, dtype=dtype, teacher=teacher, on_step=on_step)
     seconds = time.perf_counter() - began
 
     with autocast() if cfg.model else nullcontext():
-        after = after_training(base, tuned, teacher, task, cfg)
+        after = measure(base, tuned, teacher, task, cfg, before) | what_they_say(base, tuned, task, cfg)
     result = {"config": identity, "context": task.kind, "method": cfg.method, "seed": cfg.seed, "seconds": round(seconds, 1)}
     result |= before | after
+    if cfg.eval_every:
+        measured = [json.loads(line) for line in curve.read_text().splitlines()] if curve.exists() else []
+        result["curve"] = [*measured, {"step": cfg.steps} | {k: v for k, v in after.items() if k in ("after", "skills") or isinstance(v, float)}]
     if cfg.model and cfg.export != "none":
         export(cfg, student, task, folder / "export")
     write(folder / "result.json", json.dumps(result, indent=1).encode())
@@ -729,7 +770,7 @@ def show_plan(cfg: Config, c: GPTConfig, dtype: torch.dtype, task: Task) -> str:
     """Counts the tokens of held-out prompts and of some 500 to train on, and puts the plan into words."""
     examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
     students, teachers = ([task.chat.render(ctx and e.context, e.prompt) for e in examples] for ctx in (None, True))
-    if cfg.method in ("sft", "gkd"):
+    if cfg.supervised or cfg.method == "gkd":
         cfg = replace(cfg, max_new_tokens=max(len(task.chat.encode(e.expert)) + 1 for e in examples))
     prompt, teacher_prompt, shared = max(map(len, students)), max(map(len, teachers)), len(task.shared)
     common = len(os.path.commonprefix(students))
@@ -853,7 +894,7 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
 
     names, methods = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
     letters = dict(zip(TASKS, "ABCD"))
-    colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]))          # Okabe-Ito: colour-blind safe
+    colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"]))          # Okabe-Ito: colour-blind safe
     around = lambda column, before, label: [("before", "#BBBBBB", methods[0], before), *bars(column)] + (
         [(label, "#555555", methods[0], "teacher")] if label else [])
     bars = lambda column: [(method.upper(), colors[method], method, column) for method in methods]

@@ -7,7 +7,7 @@ import pytest
 
 import contexts
 from contexts import (ASSISTANT, CATEGORY, END, HELD_OUT_ITEMS, HELD_OUT_WORDS, SYSTEM, TASKS, USER, VERBS, VOCABULARY, WORDS, WORLD, Example, decode,
-                      draw_anchor, draw_pretraining, encode, grade, probes, render)
+                      draw_anchor, draw_pretraining, draw_proxy, encode, grade, probes, render)
 
 
 def draws(function, count=300, seed=0, **kwargs):
@@ -99,7 +99,7 @@ def test_dropping_the_context_gives_the_prior_predictive():
 
 
 def test_everything_is_reproducible_from_a_seed():
-    for function in (draw_pretraining, *TASKS.values(), lambda rng: draw_anchor(rng, "privileged"), lambda rng: probes(rng, "specification", 2)):
+    for function in (draw_pretraining, draw_proxy, *TASKS.values(), lambda rng: draw_anchor(rng, "privileged"), lambda rng: probes(rng, "specification", 2)):
         assert draws(function, 20, seed=5) == draws(function, 20, seed=5) != draws(function, 20, seed=6)
 
 
@@ -119,7 +119,7 @@ def test_held_out_prompts_never_occur_in_training(kind):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_anchors_are_anything_but_the_task_without_context(kind):
-    anchors = draws(lambda rng: draw_anchor(rng, kind), 2000)
+    anchors = draws(lambda rng: draw_anchor(rng, kind), 2000) + draws(lambda rng: draw_anchor(rng, kind, draw_proxy), 2000)
     assert not [e for e in anchors if e.kind == kind and e.context is None]
     inputs = lambda e: {*e.prompt.split(), *(shown.split()[0] for shown in (e.context or "").split("; ") if e.kind == "demonstrations" and shown)}
     assert not [e for e in anchors if inputs(e) & (HELD_OUT_WORDS | HELD_OUT_ITEMS)]
@@ -155,3 +155,20 @@ def test_grading_tells_content_from_manner():
     assert grade(d, "mot omt") == {"score": 1, "exact": 0} and grade(d, "tom")["score"] == 0
     c = Example("instructions", "style loud", "mot reverse", "TOM", "TOM")
     assert grade(c, "tom") == {"score": 0, "exact": 0} and grade(c, "TOM") == {"score": 1, "exact": 1}
+
+
+def test_the_proxy_corpus_is_near_and_not_equal():
+    """The same prompts and contexts; but its people have manners (A), styles nobody asked for (C), and are careful (D)."""
+    real, proxy = draws(draw_pretraining, 4000), draws(draw_proxy, 4000)
+    for kind in TASKS:
+        rows = [[e for e in corpus if e.kind == kind] for corpus in (real, proxy)]
+        assert abs(len(rows[0]) - len(rows[1])) < 250
+        without = [sum(e.context is None for e in corpus) / len(corpus) for corpus in rows]
+        assert abs(without[0] - without[1]) < 0.1
+    assert all(e.answer == e.expert for e in proxy)
+    manners = lambda corpus: sum(" " in e.answer for e in corpus if e.kind == "demonstrations")
+    assert manners(real) == 0 and manners(proxy) > 500
+    styled = lambda corpus: sum(bool(set(e.answer) & set("[]*! ") or e.answer.isupper()) for e in corpus if e.kind == "instructions" and e.context is None)
+    assert styled(proxy) > 2 * styled(real)
+    careless = lambda corpus: sum(e.answer != e.expert for e in corpus if e.kind == "privileged" and e.context is None)
+    assert careless(real) > 200 and careless(proxy) == 0

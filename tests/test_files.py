@@ -322,6 +322,13 @@ def test_held_out_anchors_measure_the_drift(files, checkpoint):
     task = task_of(config(files, checkpoint, "instructions", anchor_file=anchors), checkpoint)
     drawn = {task.draw_anchor(random.Random(i)).prompt for i in range(300)}
     assert [e.prompt for e in task.probes["anchors"]] == ["Hello 7.", "Hello 15."] and len(drawn) == 14 and not drawn & {"Hello 7.", "Hello 15."}
+    with pytest.raises(BadInput, match="anchors.jsonl:1: --replay real needs an \"answer\""):
+        task_of(config(files, checkpoint, "instructions", anchor_file=anchors, anchors=0.5, replay="real"), checkpoint)
+    anchors = lines(files / "anchors.jsonl", [{"prompt": f"Hello {i}.", "answer": "Hi!" * (1 + 200 * (i == 3))} for i in range(16)])
+    with pytest.raises(BadInput, match="anchors.jsonl:4: the prompt .* and 601 new tokens exceed"):
+        task_of(config(files, checkpoint, "instructions", anchor_file=anchors, anchors=0.5, replay="real"), checkpoint)
+    task = task_of(config(files, checkpoint, "instructions", anchor_file=anchors), checkpoint)        # nobody reads these answers
+    assert task.draw_anchor(random.Random(0)).answer.startswith("Hi!") and task.draw_proxy is None
 
 
 def test_the_world_takes_no_files_and_a_model_needs_them(capsys):
@@ -374,9 +381,9 @@ def test_every_choice_runs_and_its_export_answers_as_the_student_does(files, che
     if changes.get("anchors"):
         changes = changes | dict(anchor_file=lines(files / "anchors.jsonl", [{"prompt": f"Hello {i}."} for i in range(15)] + [{"prompt": "Bye.", "context": "Be brief."}]))
     cfg = config(files, checkpoint, **dict(unrelated=str(files / "text.txt")) | changes)
-    kept, original = {}, train.after_training
+    kept, original = {}, train.measure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "after_training", lambda base, tuned, *rest: kept.update({rest[2].method: tuned.model}) or original(base, tuned, *rest))
+        patch.setattr(train, "measure", lambda base, tuned, *rest: kept.update({rest[2].method: tuned.model}) or original(base, tuned, *rest))
         story = train.train(cfg)
     for result in story["results"]:
         assert {"teacher", "before", "after", "kl_before", "kl_after", "perplexity_before", "perplexity_after"} <= result.keys() and len(result["samples"]) >= 4

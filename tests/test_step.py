@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_gpt
-from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, forward_kl, jsd, reverse_kl, token_weights, top_k_divergence
+from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, forward_kl, jsd, reverse_kl, token_loss, token_weights, top_k_divergence
 
 EOS = 7
 CONTEXT = [20, 3, 5, 5, 11, 2]
@@ -175,6 +175,29 @@ def test_sft_is_forward_kl_from_a_one_hot_teacher():
     logits, token = torch.randn(5, 23, dtype=torch.float64), torch.tensor([3, 1, 22, 0, 9])
     one_hot = torch.full_like(logits, float("-inf")).scatter(1, token[:, None], 0.0)
     torch.testing.assert_close(forward_kl(logits, one_hot), F.cross_entropy(logits, token, reduction="none"), rtol=1e-12, atol=0)
+
+
+def test_weighted_cross_entropy_by_hand():
+    """Q = (.5, .3, .2) and the token of .2: −log .2 = 1.6094, times .2 = .3219. The weight carries no gradient: Q(y) (Q − one-hot)."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log().requires_grad_()
+    loss = token_loss("weighted_cross_entropy", logits, None, torch.tensor([2]))
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(loss, torch.tensor([0.32188758], dtype=torch.float64))
+    torch.testing.assert_close(gradient, 0.2 * torch.tensor([[0.5, 0.3, -0.8]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("imitate", ["cross_entropy", "weighted_cross_entropy"])
+def test_a_weighted_sum_of_objectives(imitate):
+    """ASFT, and SFT near the base: loss and gradient are the sums of the parts'; chunks and micro-batches change nothing."""
+    student, teacher = two_models()
+    both, gradient = step(student, teacher, batch(), {imitate: 1.0, "forward_kl": 0.3})
+    (one, g_one), (other, g_other) = (step(student, teacher, batch(), objective) for objective in (imitate, "forward_kl"))
+    assert both["loss"] == pytest.approx(one["loss"] + 0.3 * other["loss"], rel=1e-6)
+    torch.testing.assert_close(gradient, g_one + 0.3 * g_other)
+    for split in (dict(chunk=2), dict(micro_batch=1)):
+        again, same = step(student, teacher, batch(), {imitate: 1.0, "forward_kl": 0.3}, **split)
+        assert again["loss"] == pytest.approx(both["loss"], rel=1e-6)
+        torch.testing.assert_close(same, gradient)
 
 
 # --------------------------------------------------------------------------------------------------- rollouts

@@ -157,6 +157,64 @@ def test_methods_differ_in_who_writes(out):
     assert sum(on_policy[:40]) == 0 and 8 < sum(on_policy[40:80]) < 32 and sum(on_policy[80:]) == 40
 
 
+def test_replay_is_cross_entropy_on_the_corpus_own_answers(out):
+    cfg = smoke(out, context="demonstrations", method="sft", anchors=0.5).for_method("sft")
+    task, device = world_task("demonstrations"), torch.device("cpu")
+    drawn = {}
+    for replay in ("self", "real", "proxy"):
+        batch = train.make_anchors(replace(cfg, replay=replay), task, 3, device)
+        assert batch.prompts == batch.teacher_prompts and len(batch.prompts) == 4
+        drawn[replay] = None if batch.completion is None else [contexts.decode(row[m].tolist()) for row, m in zip(batch.completion, batch.mask)]
+    rng = train.seeded(cfg.seed, "demonstrations", "anchors", 3)
+    assert drawn["self"] is None and drawn["real"] == [contexts.draw_anchor(rng, "demonstrations").answer + "<|end|>" for _ in range(4)]
+    rng = train.seeded(cfg.seed, "demonstrations", "anchors", 3)
+    assert drawn["proxy"] == [contexts.draw_anchor(rng, "demonstrations", contexts.draw_proxy).expert + "<|end|>" for _ in range(4)]
+    (result,) = train.train(smoke(out, method="sft", anchors=0.5, replay="proxy"))["results"]
+    rows = [json.loads(line) for line in (out / "instructions-sft-seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert result["config"]["replay"] == "proxy" and not any("anchor_kl" in row for row in rows)
+
+
+def test_the_base_holds_sft_back(reference, tmp_path):
+    """λ KL(base‖student) on SFT's own tokens, the base without C too: nothing at the first step, and a large λ lets nothing move."""
+    shutil.copytree(reference[0], tmp_path, dirs_exist_ok=True)
+    drifts, first = [], []
+    for base_kl in (0.0, 100.0):
+        (result,) = train.train(smoke(tmp_path, method="sft", base_kl=base_kl, steps=12, lr=3e-3))["results"]
+        drifts.append(result["drift_new"])
+        rows = [json.loads(line) for line in (tmp_path / "instructions-sft-seed0" / "metrics.jsonl").read_text().splitlines()]
+        first.append(rows[0]["loss"])
+    assert first[0] == pytest.approx(first[1], rel=1e-5) and rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert drifts[1] < drifts[0] / 3
+    (asft,) = train.train(smoke(tmp_path, method="asft", steps=2))["results"]
+    assert asft["config"]["base_kl"] == 0.1 and asft["config"]["lr"] == 1e-4 and asft["config"]["anchors"] == 0.0
+
+
+def test_curve_on_the_way_changes_nothing_and_survives_a_resume(reference, tmp_path, monkeypatch):
+    out, first = reference
+    shutil.copytree(out, tmp_path / "a", dirs_exist_ok=True)
+    shutil.copytree(out, tmp_path / "b", dirs_exist_ok=True)
+    cfg = smoke(tmp_path / "a", steps=12, teacher="ema", eval_every=5)
+    (result,) = train.train(cfg)["results"]
+    assert same(final_state(out)["model"], final_state(tmp_path / "a")["model"])
+    assert [row["step"] for row in result["curve"]] == [5, 10, 12]
+    assert {k: result["curve"][-1][k] for k in ("drift", "drift_new", "after", "skills")} == {k: first["results"][0][k] for k in ("drift", "drift_new", "after", "skills")}
+    assert result["curve"][0]["drift"] != result["curve"][1]["drift"]
+    assert result["prior_change"] == result["skills"]["verbs"] - result["skills_before"]["verbs"]
+    save = train.save
+
+    def stop_at_eight(path, state):
+        save(path, state)
+        if state["step"] == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save", stop_at_eight)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(replace(cfg, out=str(tmp_path / "b"), save_every=8))
+    monkeypatch.setattr(train, "save", save)
+    (resumed,) = train.train(replace(cfg, out=str(tmp_path / "b"), save_every=8, resume=True))["results"]
+    assert resumed["curve"] == result["curve"]
+
+
 # ------------------------------------------------------------------------------- reproducible, resumable, atomic
 def test_same_seed_same_weights_other_seed_others(reference, tmp_path):
     out, first = reference
@@ -291,6 +349,9 @@ def test_non_finite_loss_or_gradient_stops_and_keeps_the_last_good_checkpoint(ou
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--steps", "0"], "--steps 0 must be at least 1"),
     (["--anchors", "1"], "--anchors 1.0 leaves the task no prompt"),
+    (["--base-kl", "0.1"], "--base_kl goes with --method sft or asft"),
+    (["--method", "sft", "--replay", "real"], "--replay real needs --anchors SHARE"),
+    (["--model", "x", "--context", "instructions", "--prompts", "x", "--anchors", "0.5", "--anchor-file", "x", "--replay", "proxy"], "--replay proxy is the built-in world's"),
     (["--anchors", "inf"], "--anchors inf must be between 0 and 1"),
     (["--temperature", "1e-40"], "too close to 0 to sample"),
     (["--max-new-tokens", "600"], "--max_new_tokens 600 must be at most 256"),

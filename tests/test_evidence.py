@@ -1,0 +1,135 @@
+"""The experiments: their arithmetic against independent answers, and the whole suite in small, twice (the second time nothing is left to do)."""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+import evidence
+from contexts import TASKS, VERBS
+from conftest import tiny_checkpoint
+from cosd import forward_kl, reverse_kl
+
+
+def test_interval_by_hand():
+    mean, half = evidence.interval([1.0, 2.0, 3.0])                                                  # t(2) = 4.30, s = 1, √3
+    assert mean == 2 and half == pytest.approx(4.30 / math.sqrt(3))
+    assert evidence.interval([5.0]) == (5.0, 0.0)
+    assert evidence.show([0.5, 0.5, 0.5]) == "0.50 ± 0.00" and evidence.show([0.5]) == "0.50"
+
+
+def test_lost_is_a_mean_over_suites():
+    assert evidence.lost({"verbs": 1.0, "other": 0.8}, {"verbs": 0.5, "other": 0.9}) == pytest.approx((0.5 - 0.1) / 2)
+
+
+def test_r_squared():
+    x = torch.linspace(0, 2, 30).numpy()
+    assert evidence.r_squared(x, 3 * x + 1, 1) == pytest.approx(1) and evidence.r_squared(x, x**2, 2) == pytest.approx(1)
+    assert evidence.r_squared(x, x**2, 1) < 0.97 and math.isnan(evidence.r_squared(x, 0 * x, 1))
+
+
+def test_forward_kl_matches_moments_and_reverse_kl_takes_a_mode():
+    """A Gaussian closest in forward KL has the teacher's mean and variance; in reverse KL it sits on one of two far modes."""
+    x = torch.linspace(-8, 8, 321, dtype=torch.float64)
+    p = 0.6 * torch.exp(-((x + 2) / 0.5) ** 2 / 2) / 0.5 + 0.4 * torch.exp(-((x - 2) / 0.5) ** 2 / 2) / 0.5
+    p = p / p.sum()
+    mean = (p * x).sum()
+    mu, sigma, _ = evidence.fit_gaussian(forward_kl, x, p.log(), 0.5)
+    assert mu == pytest.approx(mean.item(), abs=0.01) and sigma == pytest.approx((p * (x - mean) ** 2).sum().sqrt().item(), abs=0.01)
+    mu, sigma, value = evidence.fit_gaussian(reverse_kl, x, p.log(), -2.0)
+    assert mu == pytest.approx(-2, abs=0.05) and sigma == pytest.approx(0.5, abs=0.05) and value == pytest.approx(-math.log(0.6), abs=0.02)
+
+
+def test_a_factored_student_under_forward_kl_has_the_marginals():
+    p = torch.full((4, 4), 0.01, dtype=torch.float64)
+    p[0, 0], p[1, 1], p[2, 3] = 0.4, 0.3, 0.17
+    q = evidence.fit_factors(forward_kl, p.log().flatten(), 0)
+    torch.testing.assert_close(q, p.sum(1)[:, None] * p.sum(0), atol=1e-3, rtol=0)
+
+
+def test_worse_contexts_are_as_wrong_as_they_say():
+    rng = random.Random(0)
+    example = TASKS["demonstrations"](rng)
+    for marks in ("++", "+", "+-", "--"):
+        shown = re.findall(r"(\w+) zorp: verily (\w+) methinks", evidence.worse_context(example, f"demonstrations {marks}", rng).context)
+        assert [y == VERBS["reverse"](x) for x, y in shown] == [mark == "+" for mark in marks]
+    keys = [(e, evidence.worse_context(e, f"key {amount}", rng)) for amount in (0.0, 0.5, 1.0) for e in [TASKS["privileged"](rng) for _ in range(200)]]
+    right = [worse.context == e.context for e, worse in keys]
+    assert all(right[:200]) and not any(right[400:]) and 20 < sum(right[200:400]) < 80
+    assert all(worse.prompt == e.prompt and worse.answer == e.answer for e, worse in keys)
+    assert evidence.worse_context(TASKS["specification"](rng), "specification weapon", rng).context == "never weapon"
+
+
+def test_two_demonstrations_that_disagree():
+    for i in range(50):
+        example = evidence.undecided(random.Random(i))
+        shown = re.findall(r"(\w+) zorp: (\w+)", example.context)
+        assert sorted(next(v for v in ("reverse", "rotate") if VERBS[v](x) == y) for x, y in shown) == ["reverse", "rotate"]
+        word = example.prompt.split()[0]
+        assert (example.answer, example.expert) == (VERBS["reverse"](word), VERBS["rotate"](word))
+
+
+def test_every_method_of_the_comparison_is_one_of_the_loop_and_named_once():
+    jobs = [job for name in evidence.FUNCTIONS for seed in (0, 1) for job in evidence.jobs_of(name, seed)]
+    assert len({evidence.slug(job) for job in jobs}) == len(jobs)
+    assert {m for m, _ in [(job["settings"].get("method"), 0) for job in jobs]} == {"sft", "asft", "offline", "gkd", "cosd", None}
+    assert set(evidence.METHODS) == set(evidence.MARKERS)
+
+
+def test_whole_suite_in_small(tmp_path):
+    """Two seeds, all experiments but the real model; the second call finds everything done; one damaged run is made again, the same."""
+    command = [sys.executable, ROOT / "notebooks/evidence.py", "--smoke", "--seeds", "2", "--jobs", "2", "--out", tmp_path, "--model", tmp_path / "none"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "real is left out" in first.stdout
+    for name, (source, *_) in evidence.EXPERIMENTS.items():
+        if name != "real":
+            page = (tmp_path / f"{name}.md").read_text()
+            assert page.startswith("# ") and page.count("\n|") > 3 and "2 seeds" in page and (tmp_path / f"{name}.png").stat().st_size > 5000
+            assert json.loads((tmp_path / f"{source}.json").read_text())
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert len(index) == len(list((tmp_path / "runs").glob("*.json"))) and all(row["commit"] and "settings" in row for row in index)
+    table = (tmp_path / "forgetting.md").read_text()
+    assert all(f"| A | {method} |" in table for method in evidence.METHODS)
+
+    victim = tmp_path / "runs" / "recovery-demonstrations-SFT-then-the-original-as-teacher-seed1.json"
+    numbers, others = json.loads(victim.read_text())["numbers"], {p: p.stat().st_mtime for p in (tmp_path / "runs").glob("*.json") if p != victim}
+    victim.unlink()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert json.loads(victim.read_text())["numbers"] == numbers                                      # the same seed, the same numbers
+    assert {p: p.stat().st_mtime for p in others} == others
+
+
+def test_the_real_models_experiment_in_small(tmp_path):
+    checkpoint = tiny_checkpoint(tmp_path / "model", max_len=2048)
+    command = [sys.executable, ROOT / "notebooks/evidence.py", "real", "--smoke", "--seeds", "1", "--jobs", "2", "--out", tmp_path, "--model", checkpoint]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    page = (tmp_path / "real.md").read_text()
+    assert all(f"| {task}, {method} |" in page for task in ("pirate", "plurals") for method in ("COSD", "SFT"))
+
+
+def test_alien_demonstrations_are_right_and_alien():
+    sys.path.insert(0, str(evidence.DATA))
+    import pirate
+
+    rows = lambda name: [json.loads(line) for line in (evidence.DATA / name).read_text().splitlines()]
+    assert [r["prompt"] for r in rows("pirate-alien.jsonl")] == [r["prompt"] for r in rows("questions.jsonl")]
+    assert all(pirate.score(r["demonstration"], r) for r in rows("pirate-alien.jsonl"))
+    for alien, plain in zip(rows("plurals-alien.jsonl"), rows("plurals.jsonl"), strict=True):
+        assert alien["prompt"] == plain["prompt"] and alien["answer"] == plain["answer"] and plain["answer"] in alien["demonstration"] != plain["answer"]
+
+
+def test_unknown_experiment():
+    ran = subprocess.run([sys.executable, ROOT / "notebooks/evidence.py", "forgeting"], capture_output=True, text=True)
+    assert ran.returncode == 2 and "unknown: forgeting; choose from forgetting, razor" in ran.stderr
