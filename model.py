@@ -146,8 +146,16 @@ class KVCache:
         visible = torch.arange(self.used, device=k.device) <= slots[..., None]   # (B, T, S)
         if self.prefix is None:
             grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], enable_gqa=grouped)
+            return attend(q, keys, values, attn_mask=visible[:, None], enable_gqa=grouped)
         return attend_with_prefix(q, self.prefix.keys[layer], self.prefix.values[layer], keys, values, visible)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+    """PyTorch's fused attention. Training on a CPU it runs in fp32: the half-precision backward pass takes six times as long there."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 def attend_with_prefix(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -161,7 +169,7 @@ def attend_with_prefix(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor,
     if torch.is_grad_enabled():
         keys, values = (torch.cat([shared.expand(B, -1, -1, -1), own], dim=2) for shared, own in ((prefix_k, k), (prefix_v, v)))
         seen = torch.cat([visible.new_ones(*visible.shape[:2], prefix_k.shape[2]), visible], dim=2)     # (B or 1, T, P + S)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None], enable_gqa=H != K)
+        return attend(q, keys, values, attn_mask=seen[:, None], enable_gqa=H != K)
     G = H // K
     q = q.reshape(B, K, G * T, E) / math.sqrt(E)                                        # head h uses key head h // G
     q_flat = q.transpose(0, 1).reshape(K, B * G * T, E)
@@ -250,7 +258,7 @@ class Attention(nn.Module):
             y = cache.attend(layer, q, k, v, slots)
         else:
             dropout, grouped = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
+            y = attend(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))                         # (B, T, D)
 
 

@@ -56,7 +56,7 @@ from train import Config, evaluate, get_base, measure, resolve_device, run, seed
 
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]                # by degrees of freedom
 DATA = ROOT / "notebooks" / "data"
-WORLD = dict(steps=100, batch=64, eval_size=64)
+WORLD = dict(steps=100, batch=32, eval_size=64)
 SMOKE = dict(pretrain_steps=20, pretrain_batch=16, d_model=32, n_layer=2, steps=2, batch=8, eval_size=4)
 
 
@@ -241,7 +241,7 @@ def real(job: dict, options: argparse.Namespace) -> dict:
     style, alien = job["context"] == "pirate", job["settings"]["method"] == "sft"
     own = ("pirate-alien.jsonl" if alien else "questions.jsonl") if style else ("plurals-alien.jsonl" if alien else "plurals.jsonl")
     common = dict(model=str(options.model), prompts=str(DATA / own), unrelated=str(DATA / "plain.txt"), dtype="bf16" if options.bf16 else "fp32",
-                  export="none", max_new_tokens=24 if style else 12, device="cpu", seed=job["seed"], out=str(options.out / "work" / slug(job)), eval_size=4 if options.smoke else 32, lr=5e-5, **({"steps": 1, "batch": 2} if options.smoke else {}))
+                  export="none", max_new_tokens=24 if style else 12, device="cpu", seed=job["seed"], out=str(options.out / "work" / slug(job)), eval_size=4 if options.smoke else 32, lr=5e-5, **({"steps": 1, "batch": 2} if options.smoke else {"steps": 30}))
     how = (dict(context="instructions", context_file=str(DATA / "pirate.json"), heldout=str(DATA / "questions-heldout.jsonl"), score=f"{DATA}/pirate.py:score")
            if style else dict(context="demonstrations", shots=4, heldout=str(DATA / "plurals-heldout.jsonl"), score="contains"))
     cfg = Config(**common | how | job["settings"]).for_method(job["settings"]["method"])
@@ -279,12 +279,12 @@ def share(anchors: float, **settings) -> dict:
 
 # family, then method: (settings, learning rates)
 METHODS = {
-    "SFT": (dict(method="sft"), (3e-5, 1e-4, 5e-4)),
-    "SFT + replay": (dict(method="sft", anchors=0.5, replay="real"), (1e-4, 5e-4)),
-    "SFT + proxy replay": (dict(method="sft", anchors=0.5, replay="proxy"), (1e-4, 5e-4)),
-    "SFT + KL to base": (dict(method="sft", base_kl=1.0), (1e-4, 5e-4)),
-    "ASFT": (dict(method="asft", base_kl=0.1), (1e-4, 5e-4)),
-    "SFT, LoRA": (dict(method="sft", lora=8), (1e-3, 5e-3)),
+    "SFT": (dict(method="sft"), (3e-5, 1e-4, 2e-4, 5e-4)),
+    "SFT + replay": (dict(method="sft", anchors=0.5, replay="real"), (2e-4, 5e-4)),
+    "SFT + proxy replay": (dict(method="sft", anchors=0.5, replay="proxy"), (2e-4, 5e-4)),
+    "SFT + KL to base": (dict(method="sft", base_kl=1.0), (2e-4, 5e-4)),
+    "ASFT": (dict(method="asft", base_kl=0.1), (2e-4, 5e-4)),
+    "SFT, LoRA": (dict(method="sft", lora=8), (3e-4, 1e-3)),
     "SFT + anchors ½": (dict(method="sft", anchors=0.5), (5e-4,)),
     "offline": (dict(method="offline", anchors=0.0), (5e-4,)),
     "GKD": (dict(method="gkd", anchors=0.0, divergence="jsd"), (5e-4,)),
@@ -295,7 +295,7 @@ METHODS = {
     "COSD top 8 + tail": (share(0.0, divergence="reverse_kl", top_k=8), (5e-4,)),
     "COSD, EMA teacher": (share(0.0, teacher="ema"), (5e-4,)),
     "COSD, live teacher": (share(0.0, teacher="live"), (5e-4,)),
-    "COSD, LoRA": (share(0.0, lora=8), (5e-3,)),
+    "COSD, LoRA": (share(0.0, lora=8), (1e-3,)),
     "COSD + anchors ¼": (share(0.25), (5e-4,)),
     "COSD + anchors ½": (share(0.5), (5e-4,)),
 }

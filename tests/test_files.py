@@ -325,7 +325,7 @@ def test_held_out_anchors_measure_the_drift(files, checkpoint):
     with pytest.raises(BadInput, match="anchors.jsonl:1: --replay real needs an \"answer\""):
         task_of(config(files, checkpoint, "instructions", anchor_file=anchors, anchors=0.5, replay="real"), checkpoint)
     anchors = lines(files / "anchors.jsonl", [{"prompt": f"Hello {i}.", "answer": "Hi!" * (1 + 200 * (i == 3))} for i in range(16)])
-    with pytest.raises(BadInput, match="anchors.jsonl:4: the prompt .* and 601 new tokens exceed"):
+    with pytest.raises(BadInput, match="anchors.jsonl:4: the prompt .* and 604 new tokens exceed"):
         task_of(config(files, checkpoint, "instructions", anchor_file=anchors, anchors=0.5, replay="real"), checkpoint)
     task = task_of(config(files, checkpoint, "instructions", anchor_file=anchors), checkpoint)        # nobody reads these answers
     assert task.draw_anchor(random.Random(0)).answer.startswith("Hi!") and task.draw_proxy is None
