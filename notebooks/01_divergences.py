@@ -6,10 +6,10 @@
 #
 # | in the post and the lecture | formula | function | section |
 # |---|---|---|---|
-# | lecture: entropy and cross-entropy | $H(p, q) = H(p) + D_{KL}(p \,\|\, q)$ | `token_loss("cross_entropy")` | 2 |
-# | post 4.2: forward KL, "SFT standard" | $D_{KL}(P \,\|\, Q)$ | `forward_kl` | 1, 3–7 |
-# | post 4.2: reverse KL, "on-policy standard" | $D_{KL}(Q \,\|\, P)$ | `reverse_kl` | 1, 3–7 |
-# | post 4.2, implementation note: JSD | $\beta D_{KL}(P \| M) + (1-\beta) D_{KL}(Q \| M)$ | `jsd` | 1, 3–7 |
+# | lecture: entropy and cross-entropy | $H(p, q) = H(p) + D_{KL}(p \,\Vert\, q)$ | `token_loss("cross_entropy")` | 2 |
+# | post 4.2: forward KL, "SFT standard" | $D_{KL}(P \,\Vert\, Q)$ | `forward_kl` | 1, 3–7 |
+# | post 4.2: reverse KL, "on-policy standard" | $D_{KL}(Q \,\Vert\, P)$ | `reverse_kl` | 1, 3–7 |
+# | post 4.2, implementation note: JSD | $\beta D_{KL}(P \Vert M) + (1-\beta) D_{KL}(Q \Vert M)$ | `jsd` | 1, 3–7 |
 # | its knob $\beta$ in GKD | | `jsd(..., beta)` | 8 |
 # | reverse KL from sampled tokens | $r = \log Q(y) - \log P(y)$ | `k1`, `k2`, `k3`, `policy_gradient_surrogate` | 9 |
 # | OPCD's top-k | | `top_k_divergence` | 11 |
@@ -17,7 +17,7 @@
 # Throughout, $P$ is the teacher (the lecture's $p$) and $Q$ the student ($q$). Nothing is trained here but toy students; no base is needed.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, on Colab say: put its address here
+REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, as on Colab
 
 import os, subprocess, sys
 
@@ -40,7 +40,8 @@ from cosd import (forward_kl, jsd, k1, k2, k3, kl, log_softmax_pair, policy_grad
                   token_loss, top_k_divergence)
 
 THREE = {"forward KL": forward_kl, "reverse KL": reverse_kl, "JSD": jsd}
-COLOR = {"forward KL": "#009E73", "reverse KL": "#CC79A7", "JSD": "#E69F00", "teacher": "#0072B2", "student": "#D55E00"}
+COLOR = {"forward KL": "#009E73", "reverse KL": "#CC79A7", "JSD": "#E69F00",
+         "teacher": "#0072B2", "student": "#D55E00"}
 plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                      "figure.constrained_layout.use": True, "legend.frameon": False})
 torch.manual_seed(0);
@@ -68,7 +69,8 @@ for name, divergence in THREE.items():
 M = (P + Q) / 2
 assert math.isclose(forward_kl(Q.log(), P.log()), by_hand, rel_tol=1e-12)
 assert math.isclose(reverse_kl(Q.log(), P.log()), sum(q * math.log(q / p) for p, q in zip(P, Q)), rel_tol=1e-12)
-assert math.isclose(jsd(Q.log(), P.log()), (forward_kl(M.log(), P.log()) + forward_kl(M.log(), Q.log())) / 2, rel_tol=1e-12)
+to_middle = forward_kl(M.log(), P.log()), forward_kl(M.log(), Q.log())
+assert math.isclose(jsd(Q.log(), P.log()), sum(to_middle) / 2, rel_tol=1e-12)
 
 # %% [markdown]
 # Word by word: where the one who is averaged over is the likelier of the two, the term is positive, elsewhere it is negative. Single terms may
@@ -91,7 +93,7 @@ plt.show()
 
 # %% [markdown]
 # ## 2. Entropy, cross-entropy, and why SFT is forward KL
-# $H(p, q) = H(p) + D_{KL}(p \,\|\, q)$. The entropy $H(p)$ does not depend on the student: to minimise cross-entropy *is* to minimise forward KL.
+# $H(p, q) = H(p) + D_{KL}(p \,\Vert\, q)$. The entropy $H(p)$ does not depend on the student: to minimise cross-entropy *is* to minimise forward KL.
 
 # %%
 entropy = -(P * P.log()).sum()
@@ -112,7 +114,8 @@ figure, axis = plt.subplots(figsize=(5.5, 2.6))
 axis.stackplot(q, floor, above, labels=["entropy H(P)", "KL(P‖Q)"], colors=["#BBBBBB", COLOR["forward KL"]])
 axis.plot(q, floor + above, color="black", label="cross-entropy H(P, Q)")
 axis.axvline(0.7, color="black", linestyle=":", linewidth=1)
-axis.set(xlabel="student's probability of “mat”", ylabel="nats", ylim=(0, 3), title="cross-entropy = entropy + forward KL")
+axis.set(xlabel="student's probability of “mat”", ylabel="nats", ylim=(0, 3),
+         title="cross-entropy = entropy + forward KL")
 axis.legend(loc="upper right")
 plt.show()
 assert q[above.argmin()].item() == q[(q - 0.7).abs().argmin()].item()
@@ -125,8 +128,9 @@ assert q[above.argmin()].item() == q[(q - 0.7).abs().argmin()].item()
 for i, word in enumerate(words):
     one_hot = F.one_hot(torch.tensor(i), 3).double()
     sft = token_loss("cross_entropy", Q.log()[None], None, torch.tensor([i]))[0]
-    print(f"expert wrote {word:6} SFT loss {sft:.4f} = −log {Q[i]:.1f} = KL(one-hot‖Q) {forward_kl(Q.log(), one_hot.log()):.4f}")
-    assert math.isclose(sft, forward_kl(Q.log(), one_hot.log()), rel_tol=1e-6)
+    to_one_hot = forward_kl(Q.log(), one_hot.log())
+    print(f"expert wrote {word:6} SFT loss {sft:.4f} = −log {Q[i]:.1f} = KL(one-hot‖Q) {to_one_hot:.4f}")
+    assert math.isclose(sft, to_one_hot, rel_tol=1e-6)
 
 # %% [markdown]
 # ## 3. The whole picture with two words
@@ -149,7 +153,7 @@ for axis, (name, divergence) in zip(axes, THREE.items()):
         figure.colorbar(image, ax=axes, label="nats", ticks=[0, 0.5, 1, 1.5, 2], shrink=0.9).add_lines(lines)
 plt.show()
 assert jsd(two(q), two(p)).max() < math.log(2) < forward_kl(two(q), two(p)).max()
-assert torch.allclose(jsd(two(q), two(p)), jsd(two(p), two(q)))                # symmetric at β = ½; the KLs are not
+assert torch.allclose(jsd(two(q), two(p)), jsd(two(p), two(q)))        # symmetric at β = ½; the KLs are not
 
 # %% [markdown]
 # Forward KL punishes a student who rules out what the teacher says (left and right edges); reverse KL one who says what the teacher rules out
@@ -178,11 +182,12 @@ def descend(divergence, start, steps=1000):
         optimizer.step()
     return torch.stack(path)                                                   # (steps, 2)
 
-STARTS = [(-1.0, math.log(0.5)), (1.0, math.log(0.5))]                    # narrow, a little left or right of the middle
+STARTS = [(-1.0, math.log(0.5)), (1.0, math.log(0.5))]        # narrow, a little left or right of the middle
 paths = {name: [descend(divergence, start) for start in STARTS] for name, divergence in THREE.items()}
 
 # %% tags=["thumbnail"]
-mu, log_sigma = torch.meshgrid(torch.linspace(-5, 5, 101), torch.linspace(math.log(0.3), math.log(5), 81), indexing="ij")
+means, log_widths = torch.linspace(-5, 5, 101), torch.linspace(math.log(0.3), math.log(5), 81)
+mu, log_sigma = torch.meshgrid(means, log_widths, indexing="ij")
 figure, axes = plt.subplots(2, 3, figsize=(9.5, 5), height_ratios=[3, 2])
 for (top, bottom), (name, divergence) in zip(axes.T, THREE.items()):
     value = divergence(student_logits(mu, log_sigma), teacher_logits.expand(101, 81, 121))
@@ -191,14 +196,16 @@ for (top, bottom), (name, divergence) in zip(axes.T, THREE.items()):
     for path, dashes in zip(paths[name], ["-", "--"]):
         top.plot(path[:, 0], path[:, 1].exp(), dashes, color="white", linewidth=1.5)
         top.plot(path[0, 0], path[0, 1].exp(), "o", color="white", markersize=4)
-        top.plot(path[-1, 0], path[-1, 1].exp(), "o", color=COLOR["student"], markeredgecolor="white", markersize=8)
-        bottom.plot(x, student_logits(*path[-1]).softmax(-1), dashes, color=COLOR["student"], label="student")
+        top.plot(path[-1, 0], path[-1, 1].exp(), "o", color=COLOR["student"], markersize=8, markeredgecolor="white")
+        label = "student" if dashes == "-" else None
+        bottom.plot(x, student_logits(*path[-1]).softmax(-1), dashes, color=COLOR["student"], label=label)
         bottom.set(xlabel="x", ylim=(0, 0.075))
-    top.set(title=name, xlabel="student's mean μ", yscale="log", yticks=[0.5, 1, 2, 4], yticklabels=[0.5, 1, 2, 4])
+    top.set(title=name, xlabel="student's mean μ", yscale="log")
+    top.set_yticks([0.5, 1, 2, 4], [0.5, 1, 2, 4])
     top.minorticks_off()
 axes[0, 0].set_ylabel("student's width σ")
 axes[1, 0].set_ylabel("probability")
-axes[1, 0].legend(handles=axes[1, 0].get_legend_handles_labels()[0][:2], labels=["teacher", "student"], loc="upper right", fontsize=8)
+axes[1, 0].legend(loc="upper right", fontsize=8)
 plt.show()
 
 # %% [markdown]
@@ -209,15 +216,18 @@ plt.show()
 # For forward KL the answer is known without descending: the best Gaussian has the teacher's mean and variance.
 
 # %%
-moments = lambda probability: ((m := (probability * x).sum()).item(), (probability * (x - m) ** 2).sum().sqrt().item())
-between = (x > -1) & (x < 1)
-rows = {"teacher": [teacher_logits.exp()]} | {name: [student_logits(*path[-1]).softmax(-1) for path in paths[name]] for name in THREE}
-for name, fits in rows.items():
-    for fit in fits:
-        print(f"{name:11} mean {moments(fit)[0]:5.2f}  width {moments(fit)[1]:.2f}  mass between the modes {fit[between].sum():.3f}")
+def moments(probability):
+    mean = (probability * x).sum()
+    return torch.stack([mean, (probability * (x - mean) ** 2).sum().sqrt()])
 
-for fit in rows["forward KL"]:
-    assert torch.allclose(torch.tensor(moments(fit)), torch.tensor(moments(teacher_logits.exp())), atol=2e-3)
+between = (x > -1) & (x < 1)
+rows = {name: [student_logits(*path[-1]).softmax(-1) for path in paths[name]] for name in THREE}
+for name, fits in ({"teacher": [teacher_logits.exp()]} | rows).items():
+    for fit in fits:
+        mean, width = moments(fit)
+        print(f"{name:11} mean {mean:5.2f}  width {width:.2f}  mass between the modes {fit[between].sum():.3f}")
+
+assert all(torch.allclose(moments(fit), moments(teacher_logits.exp()), atol=2e-3) for fit in rows["forward KL"])
 assert rows["reverse KL"][0][x < 0].sum() > 0.99 and rows["reverse KL"][1][x > 0].sum() > 0.99
 
 # %% [markdown]
@@ -230,7 +240,7 @@ assert rows["reverse KL"][0][x < 0].sum() > 0.99 and rows["reverse KL"][1][x > 0
 letters = "otm"
 joint = torch.full((3, 3), 0.01, dtype=torch.float64)
 joint[1, 0], joint[0, 1] = 0.55, 0.38                                          # "to", "ot"
-table = lambda at: at[0].log_softmax(-1)[:, None] + at[1].log_softmax(-1)      # log Q(first) + log Q(second), (3, 3)
+table = lambda at: at[0].log_softmax(-1)[:, None] + at[1].log_softmax(-1)  # log Q(first) + log Q(second), (3, 3)
 figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.7))
 shown, void = {"teacher": joint}, ~((joint == joint[1, 0]) | (joint == joint[0, 1]))
 for name, divergence in THREE.items():
@@ -244,11 +254,13 @@ for name, divergence in THREE.items():
 for axis, (name, probability) in zip(axes, shown.items()):
     axis.imshow(probability, cmap="cividis", vmin=0, vmax=0.8)
     for i, j in torch.cartesian_prod(torch.arange(3), torch.arange(3)).tolist():
-        axis.text(j, i, f"{letters[i]}{letters[j]}\n{probability[i, j]:.2f}", ha="center", va="center", fontsize=8,
+        word = f"{letters[i]}{letters[j]}"
+        axis.text(j, i, f"{word}\n{probability[i, j]:.2f}", ha="center", va="center", fontsize=8,
                   color="black" if probability[i, j] > 0.4 else "white")
     axis.set(title=f"{name}\nnonsense: {probability[void].sum():.2f}", xticks=[], yticks=[])
 plt.show()
-assert torch.allclose(shown["forward KL"], joint.sum(1)[:, None] * joint.sum(0), atol=1e-3)    # the product of its marginals
+product_of_marginals = joint.sum(1)[:, None] * joint.sum(0)
+assert torch.allclose(shown["forward KL"], product_of_marginals, atol=1e-3)
 assert shown["forward KL"][void].sum() > 0.4 > 0.1 > shown["reverse KL"][void].sum()
 
 # %% [markdown]
@@ -294,12 +306,14 @@ def students_in_triangle(n, margin):
 fine, coarse = students_in_triangle(80, 0.003), students_in_triangle(12, 0.02)
 figure, axes = plt.subplots(1, 3, figsize=(9.5, 3))
 for axis, (name, divergence) in zip(axes, THREE.items()):
-    axis.tricontourf(*(fine @ corners).T, divergence(fine.log(), P.log().expand_as(fine)).sqrt(), levels=25, cmap="viridis")
+    value = divergence(fine.log(), P.log().expand_as(fine))
+    axis.tricontourf(*(fine @ corners).T, value.sqrt(), levels=25, cmap="viridis")
     logits = coarse.log().requires_grad_()
     (gradient,) = torch.autograd.grad(divergence(logits, P.log().expand_as(logits)).sum(), logits)
     step = -coarse * (gradient - (coarse * gradient).sum(-1, keepdim=True))    # −(diag Q − Q Qᵀ) ∇
     assert torch.allclose(step.sum(-1), torch.zeros(len(step), dtype=torch.float64), atol=1e-12)
-    axis.quiver(*(coarse @ corners).T, *(step @ corners).T, color="white", width=0.006, scale=2.2 if name != "JSD" else 0.5)
+    scale = 0.5 if name == "JSD" else 2.2
+    axis.quiver(*(coarse @ corners).T, *(step @ corners).T, color="white", width=0.006, scale=scale)
     axis.plot(*(P @ corners), "*", color=COLOR["student"], markersize=13, markeredgecolor="white")
     for word, at, where in zip(words, corners, [("right", "top"), ("left", "top"), ("center", "bottom")]):
         axis.text(*at, word, ha=where[0], va=where[1])
@@ -325,7 +339,8 @@ for name, divergence in THREE.items():
     axis.loglog(epsilon, norms, color=COLOR[name], label=name)
     print(f"{name:11} gradient at ε = 1e-8: {norms[0]:.1e}")
     assert norms[0] > 0.5 if name == "forward KL" else norms[0] < 1e-6
-axis.set(xlabel="ε = student's probability of the right word", ylabel="norm of the gradient", title="who still pulls?")
+axis.set(xlabel="ε = student's probability of the right word", ylabel="norm of the gradient",
+         title="who still pulls?")
 axis.legend()
 plt.show()
 
@@ -346,10 +361,10 @@ values = torch.stack([jsd(student, teacher, b.item()) for b in beta])
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.8))
 left.plot(beta, values, color=COLOR["JSD"], label="JSD(β), the formula")
 for at, name in [(0, "forward KL"), (1, "reverse KL")]:
-    left.plot(at, THREE[name](student, teacher), "o", color=COLOR[name], label=f"β = {at} in GKD: {name}", clip_on=False)
-    share = beta if at == 0 else 1 - beta
+    exact, share = THREE[name](student, teacher), beta if at == 0 else 1 - beta
+    left.plot(at, exact, "o", color=COLOR[name], label=f"β = {at} in GKD: {name}", clip_on=False)
     right.plot(beta, values / share, color=COLOR[name], label=f"JSD(β) / {'β' if at == 0 else '(1−β)'}")
-    right.plot(at, THREE[name](student, teacher), "o", color=COLOR[name], clip_on=False)
+    right.plot(at, exact, "o", color=COLOR[name], clip_on=False)
 left.set(xlabel="β", ylabel="nats", title="the knob jumps at both ends", ylim=(0, None))
 right.set(xlabel="β", ylabel="nats", title="divided by its weight, it does not", ylim=(0, None))
 for axis in (left, right):
@@ -382,23 +397,26 @@ print("distance   exact KL" + "".join(f"{name + ' mean':>11}{'± std':>8}" for n
 for distance in [0.1, 0.5, 1.0, 2.0]:
     log_q, log_p = log_softmax_pair(start, start + distance * direction)
     exact = reverse_kl(log_q, log_p)
-    line = f"{distance:8.1f}{exact:11.4f}"
+    line, spread = f"{distance:8.1f}{exact:11.4f}", {}
     for name, estimator in ESTIMATORS.items():
         values = estimator(log_q, log_p)                                       # for every possible y
         mean = (log_q.exp() * values).sum()
-        line += f"{mean:11.4f}{(log_q.exp() * (values - mean) ** 2).sum().sqrt():8.4f}"
+        spread[name] = (log_q.exp() * (values - mean) ** 2).sum().sqrt()
+        line += f"{mean:11.4f}{spread[name]:8.4f}"
         assert name == "k2" or torch.isclose(mean, exact)                      # k1 and k3 are unbiased
         assert name == "k1" or values.min() >= 0                               # k2 and k3 are never negative
+    assert (spread["k1"] > spread["k3"]) == (distance < 2)
     print(line)
 
 # %% [markdown]
-# $k_1$ and $k_3$ have the right mean at any distance, $k_2$ only nearby; $k_1$ is noisy, with a spread far above the KL that it measures. How wrong is
-# the mean of $n$ tokens? Bias and spread together are $\sqrt{\text{bias}^2 + \text{std}^2 / n}$ (lines); the dots are measured on samples.
+# $k_1$ and $k_3$ have the right mean at any distance, $k_2$ only nearby. Nearby $k_1$ is noisy, with a spread of many times the KL that it
+# measures; far away $k_3$ is the noisier one, its $e^{-r}$ has a long tail. How wrong is the mean of $n$ tokens, at distance 0.5? Bias and
+# spread together are $\sqrt{\text{bias}^2 + \text{std}^2 / n}$ (lines); the dots are measured on samples.
 
 # %%
 log_q, log_p = log_softmax_pair(start, start + 0.5 * direction)
 exact, counts = reverse_kl(log_q, log_p), 4 ** torch.arange(8)
-y = torch.multinomial(log_q.exp(), 200 * 4**7, replacement=True, generator=torch.Generator().manual_seed(0)).view(200, -1)
+y = torch.multinomial(log_q.exp(), 200 * 4**7, replacement=True).view(200, -1)         # 200 times 4⁷ tokens
 figure, axis = plt.subplots(figsize=(5.5, 2.9))
 for (name, estimator), color in zip(ESTIMATORS.items(), ["#0072B2", "#56B4E9", "#D55E00"]):
     values = estimator(log_q, log_p)
@@ -408,7 +426,7 @@ for (name, estimator), color in zip(ESTIMATORS.items(), ["#0072B2", "#56B4E9", "
     axis.loglog(counts, ((mean - exact) ** 2 + variance / counts).sqrt(), color=color, label=name)
     axis.loglog(counts, measured, "o", color=color, markersize=4)
 axis.axhline(exact, color="black", linestyle=":", label="the KL itself")
-axis.set(xlabel="tokens averaged over", ylabel="typical error, nats", title="$k_1$ is noisy, $k_2$ biased, $k_3$ neither")
+axis.set(xlabel="tokens averaged over", ylabel="typical error, nats", title="near agreement: noisy, biased, neither")
 axis.legend(fontsize=8)
 plt.show()
 
@@ -427,23 +445,25 @@ def expected_gradient(estimator):
     log_q, log_p = log_softmax_pair(student, teacher)
     return torch.autograd.grad((log_q.detach().exp() * estimator(log_q, log_p)).sum(), student)[0]
 
-gradients = {name: expected_gradient(f) for name, f in (ESTIMATORS | {"surrogate": policy_gradient_surrogate}).items()}
-exact = {name: torch.autograd.grad(THREE[name](student, teacher), student)[0] for name in ["reverse KL", "forward KL"]}
+candidates = ESTIMATORS | {"surrogate": policy_gradient_surrogate}
+gradients = {name: expected_gradient(estimator) for name, estimator in candidates.items()}
+exact = {name: torch.autograd.grad(THREE[name](student, teacher), student)[0] for name in ("reverse KL", "forward KL")}
 figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.6), sharey=True)
 for axis, (name, gradient) in zip(axes, gradients.items()):
     axis.bar(range(4), gradient, 0.75, color="#BBBBBB")
     for divergence, marker in [("reverse KL", "o"), ("forward KL", "x")]:
-        axis.plot(range(4), exact[divergence], marker, color=COLOR[divergence], label=f"∇ {divergence}", markersize=7, markeredgewidth=2)
+        axis.plot(range(4), exact[divergence], marker, color=COLOR[divergence], label=f"∇ {divergence}",
+                  markersize=7, markeredgewidth=2)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(title=f"E[∇ {name}]", xticks=range(4), xlabel="logit")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
 # %%
-assert gradients["k1"].abs().max() < 1e-15                                     # nothing at all: Σ Q ∇log Q = 0
-assert torch.allclose(gradients["k2"], exact["reverse KL"])                    # a biased value with the right gradient
-assert torch.allclose(gradients["k3"], exact["forward KL"])                    # an unbiased value with another divergence's gradient
-assert torch.allclose(gradients["surrogate"], exact["reverse KL"])             # made to have it
+assert gradients["k1"].abs().max() < 1e-15                         # nothing at all: Σ Q ∇log Q = 0
+assert torch.allclose(gradients["k2"], exact["reverse KL"])        # a biased value with the right gradient
+assert torch.allclose(gradients["k3"], exact["forward KL"])        # an unbiased value, the wrong gradient
+assert torch.allclose(gradients["surrogate"], exact["reverse KL"]) # made to have it
 print("k1: 0    k2: reverse KL's    k3: forward KL's    surrogate: reverse KL's")
 
 # %% [markdown]
@@ -468,7 +488,8 @@ bins = torch.linspace(-0.005, 0.005, 81)
 axis.hist(naive, bins=bins, color="#BBBBBB", label="bf16 throughout")
 axis.hist(good, bins=bins, color=COLOR["JSD"], label="jsd() of the same bf16 logits")
 axis.axvline(0, color="black", linewidth=0.8)
-axis.set(xlabel="JSD, nats", ylabel="pairs", yscale="log", title=f"{(naive < 0).float().mean():.0%} of the bf16 values are negative")
+axis.set(xlabel="JSD, nats", ylabel="pairs", yscale="log",
+         title=f"{(naive < 0).float().mean():.0%} of the bf16 values are negative")
 axis.legend(fontsize=8)
 plt.show()
 print(f"exact mean {exact.mean():.6f}, by jsd() {good.mean():.6f}, in bf16 {naive.mean():.6f}")
@@ -483,13 +504,14 @@ assert naive.min() < 0 and good.min() >= 0 and torch.allclose(good.double(), exa
 V, ks = 2000, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2000]
 teacher = -torch.arange(1, V + 1, dtype=torch.float64).log()                   # a Zipf-like vocabulary
 noise = torch.randn(V, dtype=torch.float64)
-students = {"differs everywhere": teacher + 0.7 * noise, "differs in ten words": teacher + 0.7 * noise * (torch.arange(V) < 10)}
+students = {"differs everywhere": teacher + 0.7 * noise,
+            "differs in ten words": teacher + 0.7 * noise * (torch.arange(V) < 10)}
 figure, axes = plt.subplots(1, 2, figsize=(8.5, 2.8), sharey=True)
 for axis, (title, student) in zip(axes, students.items()):
     exact = reverse_kl(student, teacher).item()
     bound = [top_k_divergence(student, teacher, k).item() for k in ks]
     top = [student.topk(k).indices for k in ks]
-    renormalised = [reverse_kl(student[t], teacher[t]).item() for t in top]    # log_softmax renormalises what is left
+    renormalised = [reverse_kl(student[t], teacher[t]).item() for t in top]        # softmax renormalises what is left
     axis.axhline(exact, color="black", linestyle=":", label="exact reverse KL")
     axis.semilogx(ks, bound, "o-", color=COLOR["reverse KL"], label="top k and a tail bucket")
     axis.semilogx(ks, renormalised, "x--", color="#777777", label="top k renormalised")

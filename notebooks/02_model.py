@@ -6,7 +6,7 @@
 # transformers'.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, on Colab say: put its address here
+REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, as on Colab
 
 import os, subprocess, sys
 
@@ -39,7 +39,9 @@ plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False,
 cfg = Config(device="cpu", bases=os.environ.get("COSD_BASES"))
 base, _ = get_base(cfg, *resolve_device(cfg))
 base.eval()
-print(base.config)
+c = base.config
+print(f"{c.n_layer} blocks, width D = {c.d_model}, {c.n_head} heads of E = {c.head_dim}, MLP width {c.d_ff}, "
+      f"V = {c.vocab_size} tokens; {c.norm} norm, {c.positions} positions, {c.mlp}")
 
 # %% [markdown]
 # ## 1. From ids to logits
@@ -53,7 +55,7 @@ print("│".join(spelled))
 print(f"{len(ids)} tokens:", ids)
 
 # %% [markdown]
-# Every module below reports what goes in and what comes out. B = 1 row, T tokens, D = 128 wide, V words.
+# Every module below reports what goes in and what comes out. B rows (here one), T tokens, width D, V words.
 
 # %%
 shapes = []
@@ -61,9 +63,11 @@ def watch(name):
     return lambda module, args, out: shapes.append((name, tuple(args[0].shape), tuple(out.shape)))
 
 block = base.blocks[0]
-watched = {"embed": base.embed, "block 0": block, "  norm1": block.norm1, "  attention": block.attention, "    q": block.attention.q,
-           "    k": block.attention.k, "    v": block.attention.v, "    out": block.attention.out, "  norm2": block.norm2, "  mlp": block.mlp,
-           "    gate": block.mlp.gate, "    up": block.mlp.up, "    down": block.mlp.down, "block 2": base.blocks[2], "norm": base.norm, "head": base.head}
+attention, mlp = block.attention, block.mlp
+watched = {"embed": base.embed, "block 0": block, "  norm1": block.norm1, "  attention": attention,
+           "    q": attention.q, "    k": attention.k, "    v": attention.v, "    out": attention.out,
+           "  norm2": block.norm2, "  mlp": mlp, "    gate": mlp.gate, "    up": mlp.up, "    down": mlp.down,
+           "block 2": base.blocks[2], "norm": base.norm, "head": base.head}
 hooks = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
 with torch.no_grad():
     logits = base(torch.tensor([ids]))                                         # (1, T, V)
@@ -81,8 +85,11 @@ assert logits.shape == (1, len(ids), base.config.vocab_size)
 def count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
-parts = {"embedding = head": count(base.embed), "attention, 3 blocks": count(*(b.attention for b in base.blocks)),
-         "MLP, 3 blocks": count(*(b.mlp for b in base.blocks)), "norms": count(base.norm, *(n for b in base.blocks for n in (b.norm1, b.norm2)))}
+blocks = base.blocks
+parts = {"embedding = head": count(base.embed),
+         "attention, 3 blocks": count(*(b.attention for b in blocks)),
+         "MLP, 3 blocks": count(*(b.mlp for b in blocks)),
+         "norms": count(base.norm, *(b.norm1 for b in blocks), *(b.norm2 for b in blocks))}
 for name, number in parts.items():
     print(f"{name:20}{number:>9,}{number / count(base):>6.0%}")
 assert base.head.weight is base.embed.weight and sum(parts.values()) == count(base) == base.config.n_params()
@@ -114,16 +121,17 @@ assert decode([p.argmax().item()]) == "d" and p.max() > 0.9                    #
 answer, _ = base.generate([ids], 8, temperature=0, eos={END})
 chat = ids + answer[0].tolist()
 stream = []
-hooks = [module.register_forward_hook(lambda module, args, out: stream.append(out)) for module in (base.embed, *base.blocks)]
+keep = lambda module, args, out: stream.append(out)
+hooks = [module.register_forward_hook(keep) for module in (base.embed, *base.blocks)]
 with torch.no_grad():
     final = base(torch.tensor([chat]))
     early = torch.stack([base.head(base.norm(x))[0] for x in stream]).softmax(-1)              # (4, T, V)
 for hook in hooks:
     hook.remove()
-assert torch.allclose(early[-1], final[0].softmax(-1), atol=1e-6)              # after the last block it is the model
+assert torch.allclose(early[-1], final[0].softmax(-1), atol=1e-6)      # after the last block it is the model
 
-read = chat[len(ids) - 1 : -1]                                                 # the assistant header and the answer's letters
-best, token = early[:, len(ids) - 1 : -1].max(-1)                              # (4, n)
+read = chat[len(ids) - 1 : -1]                                         # the assistant header and the answer's letters
+best, token = early[:, len(ids) - 1 : -1].max(-1)                      # (4, n)
 figure, axis = plt.subplots(figsize=(4.8, 2.4))
 image = axis.imshow(best, cmap="viridis", vmin=0, vmax=1, aspect="auto")
 for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(len(read))).tolist():
@@ -150,13 +158,15 @@ assert token[0].tolist() == read and token[-1].tolist() == chat[len(ids):]
 # %%
 T, H, E = len(chat), base.config.n_head, base.config.head_dim
 
+by_head = lambda x: x.view(T, H, E).transpose(0, 1)                            # (1, T, H·E) -> (H, T, E)
+
 def attention_weights(model, chat):
     caught, hooks = {}, []
     for layer, block in enumerate(model.blocks):
         for part in "qkv":
-            keep = lambda module, args, out, key=(layer, part): caught.update({key: out.view(T, H, E).transpose(0, 1)})
+            keep = lambda module, args, out, key=(layer, part): caught.update({key: by_head(out)})
             hooks.append(getattr(block.attention, part).register_forward_hook(keep))
-        keep = lambda module, args, out, key=(layer, "mixed"): caught.update({key: args[0].view(T, H, E).transpose(0, 1)})
+        keep = lambda module, args, out, key=(layer, "mixed"): caught.update({key: by_head(args[0])})
         hooks.append(block.attention.out.register_forward_hook(keep))
     with torch.no_grad():
         model(torch.tensor([chat]))
@@ -178,7 +188,7 @@ print("answer:", decode(answer[0].tolist()), "  weights:", tuple(weights.shape))
 # %% [markdown]
 # All heads. Rows are the tokens that look, columns the tokens that they look at.
 
-# %% tags=["thumbnail"]
+# %%
 figure, axes = plt.subplots(3, H, figsize=(8, 6.3), sharex=True, sharey=True)
 for layer in range(3):
     for head in range(H):
@@ -200,8 +210,8 @@ assert torch.allclose(weights.sum(-1), torch.ones(3, H, T), atol=1e-5) and weigh
 #
 # **Question.** Which tokens does the "d" of "dil" depend on? Only on the d of "lid"?
 
-# %%
-first = len(ids) - 1                                                           # the assistant header: its logits predict the first letter
+# %% tags=["thumbnail"]
+first = len(ids) - 1                                   # the assistant header: its logits predict the first letter
 letter = answer[0, 0].item()
 replaced = torch.tensor([ids] * first)
 replaced[range(first), range(first)] = encode("z")[0]                          # row t: token t replaced
@@ -223,13 +233,14 @@ plt.show()
 assert decode([ids[first - 2]]) == "d" and lost[first - 2] > 0.9               # the d of "lid"
 
 # %% [markdown]
-# The letter itself, of course. The rest is this model's habit (another seed has other habits), and no single letter of the demonstrations counts for much.
-# Together they decide everything. Let one of them, or both, show *rotate* (lid → idl) in place of *reverse* (lid → dil):
+# The letter itself, of course. On which others it leans is this model's habit; a base of another seed has other habits. The demonstrations as a whole decide
+# everything. Let one of them, or both, show *rotate* (lid → idl) in place of *reverse* (lid → dil):
 #
 # **Question.** What does the model make of two demonstrations that contradict each other?
 
 # %%
-for shown in ["mot zorp: tom; rav zorp: var", "mot zorp: otm; rav zorp: var", "mot zorp: tom; rav zorp: avr", "mot zorp: otm; rav zorp: avr"]:
+for one, other in [("tom", "var"), ("otm", "var"), ("tom", "avr"), ("otm", "avr")]:
+    shown = f"mot zorp: {one}; rav zorp: {other}"
     with torch.no_grad():
         p = base(torch.tensor([render(shown, prompt)]))[0, -1].softmax(-1)
     print(f"{shown:32} d {p[encode('d')].item():.2f}   i {p[encode('i')].item():.2f}")
@@ -243,26 +254,29 @@ assert p[encode("i")] > 0.9
 
 # %%
 torch.manual_seed(0)
-big = GPT(GPTConfig(base.config.vocab_size, n_layer=4, d_model=256, n_head=4, n_kv_head=4, head_dim=64, d_ff=768, max_len=1024)).eval()
-text = torch.randint(0, base.config.vocab_size, (1, 400))
+V = base.config.vocab_size
+big = GPT(GPTConfig(V, n_layer=4, d_model=256, n_head=4, n_kv_head=4, head_dim=64, d_ff=768, max_len=1024)).eval()
+text = torch.randint(0, V, (1, 400))
 slow, fast, slow_seconds, fast_seconds = [], [], [], []
 cache = KVCache(big.config, batch=1, capacity=400)
 with torch.no_grad():
     for t in range(400):
         began = time.perf_counter()
-        slow.append(big(text[:, : t + 1])[0, -1])                              # all t + 1 tokens
+        slow.append(big(text[:, : t + 1])[0, -1])                      # all t + 1 tokens
         slow_seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        fast.append(big(text[:, t : t + 1], cache)[0, -1])                     # one token; the cache has the others
+        fast.append(big(text[:, t : t + 1], cache)[0, -1])             # one token; the cache has the others
         fast_seconds.append(time.perf_counter() - began)
 assert torch.allclose(torch.stack(slow), torch.stack(fast), atol=1e-4)
 print("keys in the cache, per layer:", tuple(cache.keys[0].shape), "= (B, K, S, E)")
 
 # %% tags=["timing"]
 figure, axis = plt.subplots(figsize=(6, 2.7))
-for seconds, label, color in [(slow_seconds, "read everything again", COLOR["orange"]), (fast_seconds, "KV cache", COLOR["blue"])]:
-    axis.plot(range(5, 397), 1000 * torch.tensor(seconds).unfold(0, 9, 1).median(-1).values, color=color, label=label)
-axis.set(xlabel="tokens so far", ylabel="ms per new token", ylim=(0, None), title="a GPT of 4 layers, width 256 (median of nine)")
+curves = {"read everything again": (slow_seconds, COLOR["orange"]), "KV cache": (fast_seconds, COLOR["blue"])}
+for label, (seconds, color) in curves.items():
+    median_of_nine = torch.tensor(seconds).unfold(0, 9, 1).median(-1).values
+    axis.plot(range(5, 397), 1000 * median_of_nine, color=color, label=label)
+axis.set(xlabel="tokens so far", ylabel="ms per new token", ylim=(0, None), title="a GPT of 4 layers, width 256")
 axis.legend()
 plt.show()
 print(f"400 tokens: {sum(slow_seconds):.1f} s without, {sum(fast_seconds):.1f} s with the cache")
@@ -273,8 +287,8 @@ print(f"400 tokens: {sum(slow_seconds):.1f} s without, {sum(fast_seconds):.1f} s
 # the queries of all rows meet the one prefix in a plain matrix product.
 
 # %%
-shared = torch.randint(0, base.config.vocab_size, (600,)).tolist()
-tails = [torch.randint(0, base.config.vocab_size, (n,)).tolist() for n in (9, 12, 5, 12, 7, 10, 8, 12)]
+shared = torch.randint(0, V, (600,)).tolist()
+tails = [torch.randint(0, V, (n,)).tolist() for n in (9, 12, 5, 12, 7, 10, 8, 12)]
 
 @torch.no_grad()
 def whole():
@@ -301,7 +315,9 @@ def best_of(n, f, *args):
     return 1000 * min(seconds)
 
 with torch.no_grad():
-    times = {"context in every row": best_of(3, whole), "context read once": best_of(3, big.read, shared), "rows that go on from it": best_of(3, in_two, prefix)}
+    times = {"context in every row": best_of(3, whole),
+             "context read once": best_of(3, big.read, shared),
+             "rows that go on from it": best_of(3, in_two, prefix)}
 for what, ms in times.items():
     print(f"{what:25}{ms:8.1f} ms")
 
@@ -338,7 +354,8 @@ for b, row in enumerate(rows):
 
 # %%
 scores = torch.tensor([2.5, 2.0, 1.6, 1.0, 0.4, 0.0, -0.3, -0.7, -1.0, -1.5])
-settings = {"T = 1": (1.0, None, None), "T = 0.5": (0.5, None, None), "T = 2": (2.0, None, None), "top-k = 3": (1.0, 3, None), "top-p = 0.8": (1.0, None, 0.8)}
+settings = {"T = 1": (1.0, None, None), "T = 0.5": (0.5, None, None), "T = 2": (2.0, None, None),
+            "top-k = 3": (1.0, 3, None), "top-p = 0.8": (1.0, None, 0.8)}          # temperature, top_k, top_p
 figure, axes = plt.subplots(1, 5, figsize=(9.5, 2.3), sharey=True)
 for axis, (title, (temperature, top_k, top_p)) in zip(axes, settings.items()):
     expected = (scores / temperature).softmax(-1)
@@ -361,7 +378,8 @@ plt.show()
 # **Question.** What does the base answer to "lid zorp" when nobody says what zorp means?
 
 # %%
-answers, mask = base.generate([render(None, "lid zorp")] * 400, 12, eos={END}, generator=torch.Generator().manual_seed(0))
+generator = torch.Generator().manual_seed(0)
+answers, mask = base.generate([render(None, "lid zorp")] * 400, 12, eos={END}, generator=generator)
 texts = [decode(row[m].tolist()).removesuffix("<|end|>") for row, m in zip(answers, mask)]
 common = sorted(set(texts), key=texts.count, reverse=True)[:12]
 figure, axis = plt.subplots(figsize=(7, 2.3))
@@ -390,8 +408,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.manual_seed(0)
 theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    max_position_embeddings=128, tie_word_embeddings=False)).eval()
+    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False)).eval()
 with tempfile.TemporaryDirectory() as folder:
     theirs.save_pretrained(folder)
     ours = GPT.from_pretrained(folder).eval()
@@ -400,7 +418,6 @@ ids = torch.randint(0, 300, (4, 50))
 with torch.no_grad():
     a, b = ours(ids), theirs(ids).logits
 assert torch.allclose(a, b, atol=1e-5) and a.std() > 0.05
-print(ours.config)
 print(f"logits {tuple(a.shape)}: equal to 1e-5")
 
 # %% [markdown]
@@ -419,6 +436,6 @@ assert said == answer[0].tolist()
 
 # %% [markdown]
 # ## Now you
-# 1. In section 2, ask for another meaning ("mot zorp: otm; rav zorp: avr" rotates). Does the same head find the letter?
+# 1. In section 2, replace two tokens at a time. Which of the demonstrations' tokens stand in for each other?
 # 2. In section 3, read the first 200 tokens in one call, as `generate` reads a prompt. What happens to the two curves?
 # 3. In section 5, pad on the *left* by hand. What has to change to get the same logits?

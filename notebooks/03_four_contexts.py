@@ -9,14 +9,14 @@
 # | 4.3 | student $p_\theta(\cdot \mid x)$ and teacher $p_\theta(\cdot \mid x, C)$ | `render(None, x)`, `render(C, x)`, `Teacher` | 1, 2, 8 |
 # | 5.2–5.5 | types A to D | `TASKS` in `contexts.py` | 1–3 |
 # | 4.2 | forward KL, reverse KL; JSD in its implementation note | `forward_kl`, `reverse_kl`, `jsd` | 3, 7 (and notebook 01) |
-# | 5 | $\mathcal{L} = D_{KL}(p_\theta(y \mid x) \,\|\, p_\theta(y \mid x, C))$ | Σ over tokens of `reverse_kl` | 4 |
+# | 5 | $\mathcal{L} = D_{KL}(p_\theta(y \mid x) \,\Vert\, p_\theta(y \mid x, C))$ | `reverse_kl`, summed over the tokens of a rollout | 4 |
 # | 4.3 | "minimizes the divergence", on-policy | `cosd_step` | 5–7, 9 |
 #
 # In the post's symbols the student is $p_\theta$; here $Q$ is the student's and $P$ the teacher's distribution of the next token. (The trust region of 4.1 has
 # a notebook of its own.)
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, on Colab say: put its address here
+REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, as on Colab
 
 import os, subprocess, sys
 
@@ -35,7 +35,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from contexts import END, TASKS, decode, grade, render
-from cosd import DIVERGENCES, Batch, Teacher, completion_states, cosd_step, forward_kl, k1, reverse_kl, token_weights
+from cosd import (DIVERGENCES, Batch, Teacher, completion_states, cosd_step, forward_kl, k1, reverse_kl,
+                  token_weights)
 from train import Config, get_base, resolve_device
 
 COLOR = {"teacher": "#0072B2", "student": "#D55E00"}
@@ -60,9 +61,10 @@ LETTER = dict(zip(TASKS, "ABCD"))
 spelled = lambda ids: "│".join(decode([i]) for i in ids)
 
 for kind, e in examples.items():
-    print(f"{LETTER[kind]}  {kind}\n   student  {spelled(render(None, e.prompt))}\n   teacher  {spelled(render(e.context, e.prompt))}")
+    x, x_with_C = render(None, e.prompt), render(e.context, e.prompt)
+    print(f"{LETTER[kind]}  {kind}\n   student  {spelled(x)}\n   teacher  {spelled(x_with_C)}")
     print(f"   right answer: {e.answer}\n")
-    assert render(e.context, e.prompt)[-len(render(None, e.prompt)):] == render(None, e.prompt)
+    assert x_with_C[-len(x):] == x
 
 # %% [markdown]
 # The teacher's prompt is the student's with a system turn in front; both end with the same tokens. So the teacher can score, position by
@@ -91,8 +93,10 @@ def rollout(model, e, seed=1):
 chances = lambda logits, y: logits.softmax(-1).gather(-1, y[:, None])[:, 0]     # of the tokens y, (n,)
 rollouts = {}
 for kind, e in examples.items():
-    drawn = (rollout(base, e, seed) for seed in range(1, 100))
-    rollouts[kind] = next((y, student, teacher) for y, student, teacher in drawn if chances(teacher, y).min() < 0.1)
+    for seed in range(1, 100):
+        y, student, teacher = rollouts[kind] = rollout(base, e, seed)
+        if chances(teacher, y).min() < 0.1:
+            break
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(9.5, 2.2))
@@ -103,12 +107,13 @@ for axis, (kind, (y, student, teacher)) in zip(axes, rollouts.items()):
     for values, who, shift in [(p, "teacher", 0.2), (q, "student", -0.2)]:
         axis.barh(torch.arange(3) + shift, values[top], 0.4, color=COLOR[who], label=who)
     axis.set_yticks(range(3), [decode([i]).replace(" ", "·") for i in top.tolist()])
-    axis.set(title=f"{LETTER[kind]}: after “{decode(y[:t].tolist())}”" if t else f"{LETTER[kind]}: first token", xlabel="probability", xlim=(0, 1.02))
+    where = f"after “{decode(y[:t].tolist())}”" if t else "first token"
+    axis.set(title=f"{LETTER[kind]}: {where}", xlabel="probability", xlim=(0, 1.02))
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
 plt.show()
 
 # %% [markdown]
-# A: which letter comes first depends on what the verb does. B: up to the verdict the two agree, then the student must guess. C: the student
+# A: which letter comes next depends on what the verb does. B: up to the verdict the two agree, then the student must guess. C: the student
 # starts with the plain word, the teacher with "certainly". D: the student is careless, the teacher knows the step.
 #
 # The student is no fool: without $C$ its guess is the average over all contexts it has met, $p(y \mid x) = \sum_C p(C)\, p(y \mid x, C)$.
@@ -123,10 +128,13 @@ def draw(axis, title, y, student, teacher):
     q, p = chances(student, y), chances(teacher, y)
     d = forward_kl(student, teacher)
     for row, (values, cmap, top) in enumerate([(q, "cividis", 1), (p, "cividis", 1), (d, "viridis", 4)]):
-        axis.imshow(values[None], cmap=cmap, vmin=0, vmax=top, extent=(-0.5, len(y) - 0.5, row + 0.5, row - 0.5), aspect="auto")
+        place = (-0.5, len(y) - 0.5, row + 0.5, row - 0.5)
+        axis.imshow(values[None], cmap=cmap, vmin=0, vmax=top, extent=place, aspect="auto")
         for t, value in enumerate(values.tolist()):
-            axis.text(t, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color="black" if value > 0.55 * top else "white")
-    axis.set(ylim=(2.5, -0.5), xlim=(-0.5, 8.5), yticks=[0, 1, 2], yticklabels=["student Q(y)", "teacher P(y)", "KL(P‖Q), nats"])
+            axis.text(t, row, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
+                      color="black" if value > 0.55 * top else "white")
+    axis.set(ylim=(2.5, -0.5), xlim=(-0.5, 8.5))
+    axis.set_yticks(range(3), ["student Q(y)", "teacher P(y)", "KL(P‖Q), nats"])
     axis.set_xticks(range(len(y)), [decode([i]).replace(" ", "·") for i in y.tolist()])
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
@@ -145,21 +153,20 @@ plt.show()
 # %%
 for kind, (y, student, teacher) in rollouts.items():
     d = forward_kl(student, teacher)
-    worst = d.argmax()
-    share = d.max() / d.sum()
-    print(f"{LETTER[kind]}: {len(y):2} tokens, {d.sum():5.2f} nats in all, {share:.0%} of it at {decode([y[worst].item()])!r}")
+    worst = decode([y[d.argmax()].item()])
+    print(f"{LETTER[kind]}: {len(y):2} tokens, {d.sum():5.2f} nats in all, {d.max() / d.sum():.0%} of it at {worst!r}")
     assert d.max() > 0.3 and d.min() >= -1e-6
 
 y, student, teacher = rollouts["privileged"]
 p = chances(teacher, y)
-assert p[(p < 0.1).nonzero()[0, 0] + 1] > 0.9                                  # right after the wrong letter: agreement
+assert p[(p < 0.1).nonzero()[0, 0] + 1] > 0.9                          # right after the wrong letter: agreement
 
 # %% [markdown]
 # ## 4. The post's equation
 # Section 5 of the post writes one KL between distributions over *whole answers*. By the chain rule it is the expected sum of the reverse KLs at the
 # positions of the student's own rollouts:
 #
-# $$D_{KL}\big(p_\theta(y \mid x) \,\|\, p_\theta(y \mid x, C)\big) = \mathbb{E}_{y \sim p_\theta(\cdot \mid x)} \sum_t D_{KL}\big(Q_t \,\|\, P_t\big)$$
+# $$D_{KL}\big(p_\theta(y \mid x) \,\Vert\, p_\theta(y \mid x, C)\big) = \mathbb{E}_{y \sim p_\theta(\cdot \mid x)} \sum_t D_{KL}\big(Q_t \,\Vert\, P_t\big)$$
 #
 # A check by sampling: the left side as the mean of $\log Q(y) - \log P(y)$ of whole answers, the right side with the exact KL at each token.
 
@@ -168,19 +175,20 @@ for kind, e in examples.items():
     prompts, teacher_prompts = [render(None, e.prompt)] * 1000, [render(e.context, e.prompt)] * 1000
     y, mask = base.generate(prompts, 24, eos={END}, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        log_q = base.head(completion_states(base, prompts, y, mask)).log_softmax(-1)           # (n, V)
+        log_q = base.head(completion_states(base, prompts, y, mask)).log_softmax(-1)   # (n, V)
         log_p = base.head(completion_states(base, teacher_prompts, y, mask)).log_softmax(-1)
     sampled = [x.gather(-1, y[mask][:, None])[:, 0] for x in (log_q, log_p)]
-    row = mask.nonzero()[:, 0]                                                                 # whose token it is
+    row = mask.nonzero()[:, 0]                                                         # whose token it is
     whole = torch.zeros(1000).index_add(0, row, k1(*sampled))
     by_token = torch.zeros(1000).index_add(0, row, reverse_kl(log_q, log_p))
     error = (whole - by_token).std() / 1000**0.5
-    print(f"{LETTER[kind]}: whole answers {whole.mean():6.2f} ± {whole.std():5.2f}    token by token {by_token.mean():6.2f} ± {by_token.std():5.2f} nats")
+    print(f"{LETTER[kind]}: whole answers {whole.mean():6.2f} ± {whole.std():5.2f}    "
+          f"token by token {by_token.mean():6.2f} ± {by_token.std():5.2f} nats")
     assert (whole - by_token).mean().abs() < 4 * error
     assert kind != "specification" or by_token.std() < whole.std() / 4
 
 # %% [markdown]
-# Equal in the mean. (±: standard deviation over answers. In B, where one token decides, the right side hardly varies: it averages over all the tokens that
+# Equal, up to the error of sampling. (±: standard deviation over answers. In B, where one token decides, the right side hardly varies: it averages over all the tokens that
 # could stand there, the left side sees one.)
 #
 # The training objective takes its gradient position by position, with the rollout held fixed; the gradient of the whole would have one more term, for how
@@ -194,24 +202,26 @@ for kind, e in examples.items():
 # %%
 e_list = [examples[kind] for kind in ("demonstrations", "specification", "privileged")]
 prompts = [render(None, e.prompt) for e in e_list]
-y, mask = base.generate(prompts, 24, eos={END}, generator=torch.Generator().manual_seed(1))    # (B, N) both
+y, mask = base.generate(prompts, 24, eos={END}, generator=torch.Generator().manual_seed(1))  # (B, N) both
 rows = [p + c[m].tolist() for p, c, m in zip(prompts, y, mask)]
 width = max(map(len, rows))
 
+FILL = {"prompt": "#DDDDDD", "completion": "#F5C99B", "end": "#D55E00", "padding": "white"}
+arrow = dict(arrowstyle="->", color=COLOR["teacher"], connectionstyle="arc3,rad=-0.6")
 figure, axis = plt.subplots(figsize=(9.5, 2.9))
 for b, (ids, prompt) in enumerate(zip(rows, prompts)):
     for t in range(width):
-        kind = "padding" if t >= len(ids) else "prompt" if t < len(prompt) else "end" if ids[t] == END else "completion"
-        color = {"prompt": "#DDDDDD", "completion": "#F5C99B", "end": "#D55E00", "padding": "white"}[kind]
-        axis.add_patch(plt.Rectangle((t - 0.48, b - 0.2), 0.96, 0.5, facecolor=color, edgecolor="#999999", linewidth=0.6))
-        label = "pad" if kind == "padding" else decode([ids[t]]).replace("assistant", "asst").strip("<|>").replace(" ", "·")
-        axis.text(t, b + 0.05, label, ha="center", va="center", fontsize=7, color="#AAAAAA" if kind == "padding" else "black")
+        kind = "prompt" if t < len(prompt) else "padding" if t >= len(ids) else "end" if ids[t] == END else "completion"
+        axis.add_patch(plt.Rectangle((t - 0.48, b - 0.2), 0.96, 0.5, facecolor=FILL[kind], edgecolor="#999999"))
+        label = decode([ids[t]]).replace("assistant", "asst").strip("<|>").replace(" ", "·") if t < len(ids) else "pad"
+        axis.text(t, b + 0.05, label, ha="center", va="center", fontsize=7,
+                  color="black" if t < len(ids) else "#AAAAAA")
         if kind in ("completion", "end"):
-            axis.annotate("", (t, b - 0.22), (t - 1, b - 0.22), arrowprops=dict(arrowstyle="->", color=COLOR["teacher"], connectionstyle="arc3,rad=-0.6"))
+            axis.annotate("", (t, b - 0.22), (t - 1, b - 0.22), arrowprops=arrow)
 axis.set(xlim=(-0.6, width - 0.4), ylim=(2.5, -0.7), xticks=range(width), xlabel="position", yticks=[])
 axis.spines[:].set_visible(False)
-names = {"prompt": "#DDDDDD", "completion, scored": "#F5C99B", "end token, scored too": "#D55E00", "padding, never scored": "white"}
-figure.legend([plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="#999999") for color in names.values()], names,
+figure.legend([plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="#999999") for color in FILL.values()],
+              ["prompt", "completion: scored", "end token: scored too", "padding: never scored"],
               loc="outside lower center", ncols=4, fontsize=8)
 plt.show()
 
@@ -221,7 +231,7 @@ plt.show()
 
 # %%
 with torch.no_grad():
-    packed = base.head(completion_states(base, prompts, y, mask))                              # (n, V)
+    packed = base.head(completion_states(base, prompts, y, mask))                      # (n, V)
     alone = [base(torch.tensor([ids]))[0, len(p) - 1 : len(ids) - 1] for ids, p in zip(rows, prompts)]
 assert packed.shape[0] == mask.sum() and torch.allclose(packed, torch.cat(alone), atol=1e-4)
 print(f"{mask.sum()} scored tokens in a batch of {mask.numel()} completion slots; the same logits")
@@ -233,14 +243,16 @@ print(f"{mask.sum()} scored tokens in a batch of {mask.numel()} completion slots
 
 # %%
 lengths = torch.tensor([2, 4, 8])
-mask = torch.arange(8) < lengths[:, None]                                                      # (3, 8)
+mask = torch.arange(8) < lengths[:, None]                                              # (3, 8)
 figure, axes = plt.subplots(1, 3, figsize=(9.5, 1.9))
 for axis, (reduction, skip) in zip(axes, [("token", 0), ("sequence", 0), ("sequence", 3)]):
     w = token_weights(mask, reduction, skip)
     axis.imshow(w.masked_fill(~mask, float("nan")), cmap="cividis", vmin=0, vmax=0.5, aspect="auto")
     for b, j in mask.nonzero().tolist():
-        axis.text(j, b, f"{w[b, j]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=8, color="black" if w[b, j] > 0.25 else "white")
-    axis.set(title=f"{reduction}, skip {skip}", xlabel="completion token", yticks=range(3), yticklabels=[f"{n} tokens" for n in lengths.tolist()])
+        axis.text(j, b, f"{w[b, j]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=8,
+                  color="black" if w[b, j] > 0.25 else "white")
+    axis.set(title=f"{reduction}, skip {skip}", xlabel="completion token")
+    axis.set_yticks(range(3), [f"{n} tokens" for n in lengths.tolist()])
     assert torch.isclose(w.sum(), torch.tensor(1.0))
 plt.show()
 
@@ -262,12 +274,12 @@ def step_by_hand(student, teacher, divergence, reduction):
     # 1. Rollout: the student answers, without C.
     y, mask = student.generate(prompts, 24, temperature=1.0, eos={END}, generator=torch.Generator().manual_seed(7))
     loss = 0.0
-    for b in range(16):
-        tokens = y[b][mask[b]].tolist()
+    for x, x_with_C, row, m in zip(prompts, teacher_prompts, y, mask):
+        tokens = row[m].tolist()
         # 2. Score: the same tokens after x, with gradient, and after (C, x), without.
-        student_logits = student(torch.tensor([prompts[b] + tokens]))[0, len(prompts[b]) - 1 : -1]               # (n, V)
+        student_logits = student(torch.tensor([x + tokens]))[0, len(x) - 1 : -1]                       # (n, V)
         with torch.no_grad():
-            teacher_logits = teacher(torch.tensor([teacher_prompts[b] + tokens]))[0, len(teacher_prompts[b]) - 1 : -1]
+            teacher_logits = teacher(torch.tensor([x_with_C + tokens]))[0, len(x_with_C) - 1 : -1]     # (n, V)
         # 3. A divergence per token, and its weight.
         weight = 1 / mask.sum() if reduction == "token" else 1 / (16 * len(tokens))
         loss = loss + weight * divergence(student_logits, teacher_logits).sum()
@@ -285,24 +297,35 @@ for name, divergence in DIVERGENCES.items():
         mine, theirs = copy.deepcopy(base), copy.deepcopy(base)
         teacher = Teacher(theirs, "frozen")
         loss = step_by_hand(mine, base, divergence, reduction)
-        log = cosd_step(theirs, teacher, Batch(prompts, teacher_prompts), name, eos={END}, max_new_tokens=24, reduction=reduction,
-                        generator=torch.Generator().manual_seed(7))
+        log = cosd_step(theirs, teacher, Batch(prompts, teacher_prompts), name, eos={END}, max_new_tokens=24,
+                        reduction=reduction, generator=torch.Generator().manual_seed(7))
         print(f"{name:13}{reduction:10}{loss:10.5f}{log['loss']:12.5f}")
         assert abs(loss - log["loss"]) < 1e-5 * abs(loss) + 1e-7
         for a, b in zip(mine.parameters(), theirs.parameters()):
             assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6)
 
 # %% [markdown]
+# And without a context? Then teacher and student are one and the same, and there is nothing to learn. (The post's 4.3: a target that is internal *and*
+# superior is what the context is for.)
+
+# %%
+same = copy.deepcopy(base)
+log = cosd_step(same, Teacher(same), Batch(prompts, prompts), "reverse_kl", eos={END}, max_new_tokens=24)
+largest = max(p.grad.abs().max().item() for p in same.parameters())
+assert abs(log["loss"]) < 1e-6 and largest < 1e-5
+print("without C: loss 0, gradient 0")
+
+# %% [markdown]
 # ## 8. The teacher gets no gradient
 # It is the same network, so gradient *could* flow. It must not: otherwise the model would make its better self worse until the two agree.
 
 # %%
-h = teacher.states(teacher_prompts, *base.generate(prompts, 24, eos={END}, generator=torch.Generator().manual_seed(7)))
+rolled_out = base.generate(prompts, 24, eos={END}, generator=torch.Generator().manual_seed(7))
+h = teacher.states(teacher_prompts, *rolled_out)
+having = lambda model: sum(p.grad is not None for p in model.parameters())
 print("teacher's states require a gradient:", h.requires_grad)
-print("teacher's parameters with a gradient:", sum(p.grad is not None for p in teacher.model.parameters()))
-print("student's parameters with a gradient:", sum(p.grad is not None for p in theirs.parameters()), "of", len(list(theirs.parameters())))
-assert not h.requires_grad and all(p.grad is None for p in teacher.model.parameters())
-assert all(p.grad is not None for p in theirs.parameters())
+print(f"parameters with a gradient: teacher {having(teacher.model)}, student {having(theirs)}")
+assert not h.requires_grad and having(teacher.model) == 0 and having(theirs) == len(list(theirs.parameters()))
 
 # %% [markdown]
 # Three kinds of teacher. **frozen**: the student as it was at the start; the target stands still. **ema**: a copy that follows slowly (SDFT).
@@ -320,10 +343,12 @@ def learn(kind, steps=40):
     for step in range(steps):
         drawn = [TASKS["demonstrations"](rng) for _ in range(16)]
         batch = Batch([render(None, e.prompt) for e in drawn], [render(e.context, e.prompt) for e in drawn])
-        log = cosd_step(student, teacher, batch, eos={END}, max_new_tokens=24, generator=torch.Generator().manual_seed(step))
+        generator = torch.Generator().manual_seed(step)
+        log = cosd_step(student, teacher, batch, eos={END}, max_new_tokens=24, generator=generator)
         with torch.no_grad():
-            h_s, h_0 = (completion_states(m, p, batch.completion, batch.mask) for m, p in [(student, batch.prompts), (base, batch.teacher_prompts)])
-            curve.append((log["kl"], reverse_kl(student.head(h_s), base.head(h_0)).mean().item()))
+            h_s = completion_states(student, batch.prompts, batch.completion, batch.mask)
+            h_0 = completion_states(base, batch.teacher_prompts, batch.completion, batch.mask)
+        curve.append((log["kl"], reverse_kl(student.head(h_s), base.head(h_0)).mean().item()))
         optimizer.step()
         optimizer.zero_grad()
         teacher.update(student)
@@ -341,10 +366,12 @@ axes[0].set_ylabel("nats per token")
 axes[0].legend(fontsize=8)
 plt.show()
 
-length = lambda model: sum(((p - p0) ** 2).sum() for p, p0 in zip(model.parameters(), base.parameters())).sqrt().item()
+def length(model):
+    return sum(((p - p0) ** 2).sum() for p, p0 in zip(model.parameters(), base.parameters())).sqrt().item()
+
 for kind, (student, teacher, curve) in learned.items():
     print(f"{kind:7} teacher has moved {length(teacher.model) / length(student):4.0%} of the student's way")
-late = {kind: curve[-5:].mean(0) for kind, (_, _, curve) in learned.items()}                  # (to its teacher, to the base with C)
+late = {kind: curve[-5:].mean(0) for kind, (_, _, curve) in learned.items()}   # (to its teacher, to the base with C)
 assert late["live"][1] > 1.5 * late["live"][0] and torch.allclose(*late["frozen"], rtol=1e-3)
 first = [curve[0] for _, _, curve in learned.values()]
 assert torch.allclose(first[0], first[1]) and torch.allclose(first[0], first[2])
@@ -352,7 +379,7 @@ assert length(learned["frozen"][1].model) == 0 < length(learned["ema"][1].model)
 
 # %% [markdown]
 # The KL to a *live* teacher stays small while the two wander off together: agreement alone proves nothing. A frozen teacher's KL can be trusted, it is the
-# distance to something that does not move. An EMA teacher is in between; with its rate it chooses where.
+# distance to something that does not move. An EMA teacher is in between; its rate says where.
 
 # %% [markdown]
 # ## 9. After forty steps
@@ -383,7 +410,8 @@ print(f"without context: before {before:.2f}, after {after:.2f};  with context, 
 assert before < 0.3 < after
 
 # %% [markdown]
-# The context is in the weights now. Did anything else change there? That is the question of the next notebook.
+# The context is in the weights now. Did anything else change there? `train.py` measures that, too: the README's *prior*,
+# *steerability* and *drift*.
 
 # %% [markdown]
 # ## Now you

@@ -52,6 +52,13 @@ def test_notebook_is_its_source_executed(source):
     assert not {"execution", "papermill"} & {key for c in made for key in c["metadata"]}             # no timestamps
 
 
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_code_cells_are_small(source):
+    for cell in build.cells(source.read_text()):
+        lines = cell["source"].splitlines()
+        assert cell["type"] == "markdown" or (len(lines) <= 27 and max(map(len, lines)) <= 120), cell["source"]
+
+
 def test_all_begin_alike_and_leave_a_thumbnail():
     setups = {next(c["source"] for c in build.cells(s.read_text()) if c["type"] == "code") for s in SOURCES}
     assert len(setups) == 1 and "REPOSITORY" in setups.pop()
