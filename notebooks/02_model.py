@@ -33,7 +33,7 @@ plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False,
                      "figure.constrained_layout.use": True, "legend.frameon": False})
 
 # %% [markdown]
-# The base is found in `out/`, or made once in some three minutes.
+# The base is found in `out/`, or made once in three or four minutes.
 
 # %%
 cfg = Config(device="cpu", bases=os.environ.get("COSD_BASES"))
