@@ -182,6 +182,7 @@ def attention_weights(model, chat):
         weights.append(w)
     return torch.stack(weights)                                                # (layers, H, T, T)
 
+# %%
 weights = attention_weights(base, chat)
 print("answer:", decode(answer[0].tolist()), "  weights:", tuple(weights.shape))
 
