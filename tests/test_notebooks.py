@@ -15,7 +15,7 @@ import build
 
 SOURCES = sorted(NOTEBOOKS.glob("0*.py"))
 # Those that need the pretrained base take minutes where it does not exist yet (it is looked for in out/, or in $COSD_BASES).
-RUNS = [pytest.param(s, marks=[pytest.mark.slow] if "get_base" in s.read_text() else []) for s in SOURCES]
+RUNS = [pytest.param(s, marks=[pytest.mark.slow] if re.search("get_base|SmolLM2", s.read_text()) else []) for s in SOURCES]
 name_of = lambda source: source.stem
 
 
@@ -67,8 +67,12 @@ def test_all_begin_alike_and_leave_a_thumbnail():
 
 
 @pytest.mark.parametrize("source", RUNS, ids=name_of)
-def test_source_runs_as_a_script(source):
+def test_source_runs_as_a_script(source, request):
+    """What they claim they assert. 05 trains, exports and talks to SmolLM2: some four minutes."""
     pytest.importorskip("matplotlib")
+    pytest.importorskip("IPython")
+    if "SmolLM2" in source.read_text():
+        request.getfixturevalue("smollm2")
     done = subprocess.run([sys.executable, source.name], cwd=NOTEBOOKS, env=os.environ | {"MPLBACKEND": "Agg"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
