@@ -27,6 +27,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -701,7 +702,9 @@ def main(argv: list[str] | None = None) -> int:
                     future.result()
                     bar.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)         # what is done is kept: the same command goes on
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in active_children():                       # results are written whole or not at all
+                    worker.kill()
                 raise
     records = {source: [done(job, options) for job in own] for source, own in jobs.items()}
     index = [json.loads(path.read_text()) for path in sorted((options.out / "runs").glob("*.json"))]
@@ -714,4 +717,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # as Ctrl-C: the workers must not outlive this process
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
