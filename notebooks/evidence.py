@@ -148,7 +148,13 @@ def continual(job: dict, options: argparse.Namespace) -> dict:
     heldout = [[draw(seeded(job["seed"], "continual", i, j), heldout=True) for j in range(cfg.eval_size)] for i, draw in enumerate(draws)]
     base_skills, rows = train.skills(student, task, cfg), []
     for stage, draw in enumerate(draws):
-        numbers, student, *_ = learn(job, options, replace(task, draw=partial(draw, heldout=False), heldout=heldout[stage]), student)
+        def rehearse(rng: random.Random) -> Example:                   # every other anchor asks for an earlier verb, without context
+            if not stage or rng.random() < 0.5:
+                return task.draw_anchor(rng)
+            return replace(rng.choice(draws[:stage])(rng, heldout=False), context=None)
+
+        now = replace(task, draw=partial(draw, heldout=False), heldout=heldout[stage], draw_anchor=rehearse if job.get("rehearse") else task.draw_anchor)
+        numbers, student, *_ = learn(job, options, now, student)
         grades = [evaluate(student, examples, False, cfg, task) for examples in heldout]
         rows.append({"score": [g["score"] for g in grades], "exact": [g["exact"] for g in grades], "lost": lost(base_skills, numbers["skills"])})
     return {"stages": rows}
@@ -317,7 +323,9 @@ def jobs_of(experiment: str, seed: int, smoke: bool = False) -> list[dict]:
     if experiment == "recovery":
         return [job("SFT, then the original as teacher", "demonstrations", TWO["SFT"])]
     if experiment == "continual":
-        return [job(name, "demonstrations", settings) for name, settings in (TWO | {"SFT + replay": dict(method="sft", lr=5e-4, anchors=0.5, replay="real")}).items()]
+        more = {"COSD, lr 1e-4": share(0.0, lr=1e-4), "SFT + replay": dict(method="sft", lr=5e-4, anchors=0.5, replay="real")}
+        return [job(name, "demonstrations", settings) for name, settings in (TWO | more).items()] + [
+            job("COSD + anchors, earlier verbs too", "demonstrations", TWO["COSD + anchors ½"], rehearse=True)]
     if experiment == "modes":
         return [job(name, "demonstrations", share(0.0, divergence=name, lr=5e-4)) for name in (*DIVERGENCES, "policy_gradient")]
     if experiment == "quality":
@@ -476,7 +484,7 @@ def recovery_page(records: list[dict], plt) -> tuple[str, object]:
 
 def continual_page(records: list[dict], plt) -> tuple[str, object]:
     groups = {key[0]: runs for key, runs in by(records, "name").items()}
-    figure, axes = plt.subplots(1, len(groups), figsize=(3.1 * len(groups), 3.4), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(groups), figsize=(2.5 * len(groups), 2.9), constrained_layout=True)
     rows = []
     for axis, (name, runs) in zip(axes, groups.items()):
         matrix = np.array([[statistics.fmean(n["stages"][s]["score"][v] for n in runs) for v in range(3)] for s in range(3)])
@@ -486,7 +494,7 @@ def continual_page(records: list[dict], plt) -> tuple[str, object]:
                 axis.text(v, s, f"{matrix[s, v]:.2f}", ha="center", va="center", color="white" if matrix[s, v] < 0.6 else "black")
             rows.append([name, STAGES[s][0], *(show([n["stages"][s]["score"][v] for n in runs]) for v in range(3)),
                          *(show([n["stages"][s][key][0] if key == "exact" else n["stages"][s][key] for n in runs], 3) for key in ("lost",))])
-        axis.set(title=name, xticks=range(3), xticklabels=[s[0] for s in STAGES], yticks=range(3), yticklabels=[f"after {s[0]}" for s in STAGES] if axis is axes[0] else [""] * 3)
+        axis.set(title=name.replace(", ", ",\n"), xticks=range(3), xticklabels=[s[0] for s in STAGES], yticks=range(3), yticklabels=[f"after {s[0]}" for s in STAGES] if axis is axes[0] else [""] * 3)
     return table(["method", "after learning", *(f"score on {s[0]}" for s in STAGES), "old skills lost"], rows), figure
 
 
