@@ -1,0 +1,288 @@
+"""The homework: what the student's copy holds, and whether the grader is just.
+
+Wrong answers are small changes of the reference (old text -> new text); each must lose points of its own question and of no
+other. Right answers written differently must lose none. A submission may do anything: the grader has to survive it.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+import homework
+from homework import CODE, QUESTIONS, SHIPPED, blank_out, blanks, build, grade, make, merge, parse, run_jobs, survivors
+
+CODED = ["q1", "q2", "q3", "q4", "q5"]
+REFERENCE = {name: (ROOT / name).read_text() for name in CODE}
+
+# ================================================================================================== wrong answers
+WRONG = [  # (question, file, what is wrong, old, new)
+    ("q1", "cosd.py", "forward KL in the wrong direction", "    return kl(log_p, log_q)", "    return kl(log_q, log_p)"),
+    ("q1", "cosd.py", "reverse KL in the wrong direction", "    return kl(log_q, log_p)", "    return kl(log_p, log_q)"),
+    ("q1", "cosd.py", "ratio of probabilities: underflow", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "(a * (a / log_b.exp()).log()).sum(-1)"),
+    ("q1", "cosd.py", "an epsilon in place of care", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "(a * ((a + 1e-8) / (log_b.exp() + 1e-8)).log()).sum(-1)"),
+    ("q1", "cosd.py", "0 · −inf", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "(a * (log_a - log_b)).sum(-1)"),
+    ("q1", "cosd.py", "the care comes after the product", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "torch.where(a > 0, a * (log_a - log_b), 0.0).sum(-1)"),
+    ("q1", "cosd.py", "mean over the vocabulary", "torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "torch.where(a > 0, log_a - log_b, 0.0)).mean(-1)"),
+    ("q1", "cosd.py", "one number for the batch", "torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "torch.where(a > 0, log_a - log_b, 0.0)).sum()"),
+    ("q1", "cosd.py", "F.kl_div read forwards", "    return kl(log_p, log_q)", "    return F.kl_div(log_p, log_q, log_target=True, reduction='none').sum(-1)"),
+    ("q1", "cosd.py", "gradient into the teacher", "teacher_logits.detach().log_softmax", "teacher_logits.log_softmax"),
+    ("q1", "cosd.py", "bf16 stays bf16", ".log_softmax(-1, dtype=at_least_fp32), teacher", ".log_softmax(-1), teacher"),
+    ("q1", "cosd.py", "float64 cut to fp32", "return student_logits.log_softmax(-1, dtype=at_least_fp32)", "return student_logits.log_softmax(-1, dtype=torch.float32)"),
+    ("q1", "cosd.py", "softmax over the wrong axis", "return student_logits.log_softmax(-1,", "return student_logits.log_softmax(0,"),
+    ("q1", "cosd.py", "JSD with beta reversed", "log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta)", "log_q_safe + math.log(beta), log_p_safe + math.log1p(-beta)"),
+    ("q1", "cosd.py", "JSD with its weights reversed", "beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)", "(1 - beta) * kl(log_p, log_m) + beta * kl(log_q, log_m)"),
+    ("q1", "cosd.py", "JSD from the mixture", "beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)", "beta * kl(log_m, log_p) + (1 - beta) * kl(log_m, log_q)"),
+    ("q1", "cosd.py", "logits are mixed, not probabilities", "torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta))", "(beta * log_p_safe + (1 - beta) * log_q_safe).log_softmax(-1)"),
+    ("q1", "cosd.py", "the mixture is taken for a constant", "torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta))", "torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta)).detach() + 0 * log_q_safe"),
+    ("q2", "cosd.py", "shifted by one: the state at the token", "torch.tensor([len(p) - 1 for p in prompts]", "torch.tensor([min(len(p), ids.shape[1] - 1) for p in prompts]"),
+    ("q2", "cosd.py", "shifted by one the other way", "torch.tensor([len(p) - 1 for p in prompts]", "torch.tensor([max(len(p) - 2, 0) for p in prompts]"),
+    ("q2", "cosd.py", "cut at the longest prompt", "torch.tensor([len(p) - 1 for p in prompts]", "torch.tensor([min(max(map(len, prompts)), ids.shape[1] - mask.shape[1]) for p in prompts]"),
+    ("q2", "cosd.py", "EOS not scored", "row, j = mask.nonzero(as_tuple=True)", "row, j = mask[:, 1:].nonzero(as_tuple=True)"),
+    ("q2", "cosd.py", "prompt scored", "[row, start[row] + j]     # (n, D)", "[[i for i, c in enumerate(read) for _ in c], [t for c in read for t in range(len(c))]]"),
+    ("q2", "cosd.py", "column by column", "row, j = mask.nonzero(as_tuple=True)", "j, row = mask.T.nonzero(as_tuple=True)"),
+    ("q2", "cosd.py", "the prefix is forgotten", "return model.hidden(ids, cache, embedded)[row", "return model.hidden(ids, None, embedded)[row"),
+    ("q2", "cosd.py", "no gradient", "return model.hidden(ids, cache, embedded)[row, start[row] + j]", "return model.hidden(ids, cache, embedded).detach()[row, start[row] + j]"),
+    ("q2", "cosd.py", "mean over padded tokens", "scored / scored.sum().clamp(min=1)", "scored / scored.numel()"),
+    ("q2", "cosd.py", "sum for mean", "scored / scored.sum().clamp(min=1)", "scored"),
+    ("q2", "cosd.py", "batchmean over sequences", "scored / scored.sum().clamp(min=1)", "scored / len(scored)"),
+    ("q2", "cosd.py", "weights without a last token", "    scored[:, :skip] = 0", "    scored[:, :skip] = 0\n    scored = scored * F.pad(mask[:, 1:], (0, 1))"),
+    ("q2", "cosd.py", "emptied rows still count", "(per_row > 0).sum().clamp(min=1)", "len(per_row)"),
+    ("q2", "cosd.py", "nothing left is NaN", "scored / scored.sum().clamp(min=1)", "scored / scored.sum()"),
+    ("q2", "cosd.py", "skip ignored", "    scored[:, :skip] = 0", "    pass"),
+    ("q2", "cosd.py", "skip keeps what it should leave out", "    scored[:, :skip] = 0", "    scored[:, skip:] = 0"),
+    ("q2", "cosd.py", "the mask is overwritten", "    scored[:, :skip] = 0", "    mask[:, :skip] = False\n    scored = mask.float()"),
+    ("q2", "cosd.py", "sequence means are summed", "per_row.clamp(min=1) / (per_row > 0).sum().clamp(min=1)", "per_row.clamp(min=1)"),
+    ("q3", "model.py", "a query does not see itself", "device=k.device) <= slots[..., None]", "device=k.device) < slots[..., None].clamp(min=1)"),
+    ("q3", "model.py", "a query sees the slot after its own", "device=k.device) <= slots[..., None]", "device=k.device) <= slots[..., None] + 1"),
+    ("q3", "model.py", "everything is visible", "device=k.device) <= slots[..., None]", "device=k.device) <= 0 * slots[..., None] + self.used"),
+    ("q3", "model.py", "written one slot too early", "self.values[layer][rows, :, slots] = v.transpose(1, 2)", "self.values[layer][rows, :, (slots - 1).clamp(min=0)] = v.transpose(1, 2)"),
+    ("q3", "model.py", "values are not stored", "            self.values[layer][rows, :, slots] = v.transpose(1, 2)\n", ""),
+    ("q3", "model.py", "the prefix is not attended to", "        if self.prefix is None:\n            grouped", "        if True:\n            grouped"),
+    ("q3", "model.py", "a common beginning that is copied loses its length", "cache.length = start + lengths", "cache.length = lengths"),
+    ("q3", "model.py", "cache positions off by one under padding", "cache.length = start + lengths", "cache.length = start + lengths - 1"),
+    ("q3", "model.py", "the padding counts as read", "            cache.length = start + lengths ", "            pass #"),
+    ("q3", "model.py", "the first token is predicted from the padding", "lengths - 1][:, None]   # (B, 1, D)", "-1][:, None]   # (B, 1, D)"),
+    ("q3", "model.py", "EOS left out of the mask", "                mask.append(running)\n                running = running & ~torch.isin(token, eos_ids)", "                running = running & ~torch.isin(token, eos_ids)\n                mask.append(running)"),
+    ("q3", "model.py", "rows go on after EOS", "running = running & ~torch.isin(token, eos_ids)", "running = ~torch.isin(token, eos_ids)"),
+    ("q3", "model.py", "the first row to end stops all", "or not running.any()", "or not running.all()"),
+    ("q3", "model.py", "the batch never stops early", "or not running.any()", ""),
+    ("q3", "model.py", "one token too few", "len(tokens) == max_new_tokens or", "len(tokens) == max(max_new_tokens - 1, 1) or"),
+    ("q3", "model.py", "ended rows are not filled with 0", "tokens.append(token * running)", "tokens.append(token)"),
+    ("q3", "model.py", "greedy rollouts", "float(), temperature, top_k, top_p, generator)", "float(), 0, top_k, top_p, generator)"),
+    ("q3", "model.py", "temperature left out", "float(), temperature, top_k, top_p, generator)", "float(), float(temperature > 0), top_k, top_p, generator)"),
+    ("q3", "model.py", "temperature twice", "float(), temperature, top_k, top_p, generator)", "float() / max(temperature, 1e-3), temperature, top_k, top_p, generator)"),
+    ("q3", "model.py", "the generator is ignored", "float(), temperature, top_k, top_p, generator)", "float(), temperature, top_k, top_p, None)"),
+    ("q3", "model.py", "the same random numbers for every token", "float(), temperature, top_k, top_p, generator)", "float(), temperature, top_k, top_p, generator and generator.clone_state())"),
+    ("q3", "model.py", "dropout left on", "        with evaluating(self):\n            if prefix is None:", "        if True:\n            if prefix is None:"),
+    ("q4", "contexts.py", "the context in the student's prompt", "    system = [] if context is None else [SYSTEM, *encode(context)]", "    system = [SYSTEM, *encode(context or \"style plain\")]"),
+    ("q4", "contexts.py", "the teacher's prompt truncated", "else [SYSTEM, *encode(context)]", "else [SYSTEM, *encode(context)[:48]]"),
+    ("q4", "contexts.py", "the teacher's prompt truncated from the left", "return system + [USER, *encode(prompt), ASSISTANT]", "return (system + [USER, *encode(prompt), ASSISTANT])[-64:]"),
+    ("q4", "contexts.py", "no assistant header for the teacher", "return system + [USER, *encode(prompt), ASSISTANT]", "return system + [USER, *encode(prompt)] + [ASSISTANT] * (context is None)"),
+    ("q4", "contexts.py", "the context after the prompt", "return system + [USER, *encode(prompt), ASSISTANT]", "return [USER, *encode(prompt), *system, ASSISTANT]"),
+    ("q4", "contexts.py", "the context inside the user's turn", "return system + [USER, *encode(prompt), ASSISTANT]", "return [USER, *encode((context + ' ' if context else '') + prompt), ASSISTANT]"),
+    ("q4", "contexts.py", "markers in a text become markers", "return system + [USER, *encode(prompt), ASSISTANT]", "return system + [USER, *ENCODING.encode(prompt, allowed_special='all'), ASSISTANT]"),
+    ("q4", "contexts.py", "the prompt is not dressed", "{\"role\": \"user\", \"content\": dressed(own[-1][\"content\"], row)}]", "own[-1]]"),
+    ("q4", "contexts.py", "shots are not dressed", "\"content\": dressed(shot[\"prompt\"], shot)}", "\"content\": shot[\"prompt\"]}"),
+    ("q4", "contexts.py", "shots are dressed with the prompt's own solution", "\"content\": dressed(shot[\"prompt\"], shot)}", "\"content\": dressed(shot[\"prompt\"], row)}"),
+    ("q4", "contexts.py", "the expert's demonstration is not shown", "\"content\": expert(shot)}]", "\"content\": shot[\"answer\"]}]"),
+    ("q4", "contexts.py", "the prompt before its context", "    turns += context\n", "    turns += own[:-1] + context\n    own = own[-1:]\n"),
+    ("q4", "contexts.py", "example turns dropped", "    turns += context\n", ""),
+    ("q4", "contexts.py", "earlier turns of the prompt dropped", "return [*turns, *own[:-1], {", "return [*turns, {"),
+    ("q4", "contexts.py", "two system turns", "[{\"role\": \"system\", \"content\": \"\\n\\n\".join(system)}] if system else []", "[{\"role\": \"system\", \"content\": text} for text in system]"),
+    ("q5", "cosd.py", "teacher not detached", "teacher_logits = teacher.model.head(h_t).detach() if teacher", "teacher_logits = teacher.model.head(h_t) if teacher"),
+    ("q5", "cosd.py", "the teacher does not see the context", "teacher.states(part.teacher_prompts,", "teacher.states(part.prompts,"),
+    ("q5", "cosd.py", "the context in the student's prompt", "h_s = completion_states(student, part.prompts,", "h_s = completion_states(student, part.teacher_prompts,"),
+    ("q5", "cosd.py", "the rollout sees the context", "                batch.prompts, max_new_tokens,", "                batch.teacher_prompts, max_new_tokens,"),
+    ("q5", "cosd.py", "the teacher writes", "batch.completion, batch.mask = student.generate(", "batch.completion, batch.mask = teacher.model.generate("),
+    ("q5", "cosd.py", "greedy rollouts", "temperature=temperature, eos=eos, generator=generator)", "temperature=0, eos=eos, generator=generator)"),
+    ("q5", "cosd.py", "rollouts at temperature 1 always", "temperature=temperature, eos=eos, generator=generator)", "eos=eos, generator=generator)"),
+    ("q5", "cosd.py", "rollouts do not stop at EOS", "temperature=temperature, eos=eos, generator=generator)", "temperature=temperature, generator=generator)"),
+    ("q5", "cosd.py", "rollouts from the global random state", "temperature=temperature, eos=eos, generator=generator)", "temperature=temperature, eos=eos)"),
+    ("q5", "cosd.py", "top-p rollouts", "temperature=temperature, eos=eos, generator=generator)", "temperature=temperature, eos=eos, generator=generator, top_p=0.9)"),
+    ("q5", "cosd.py", "temperature squared before the loss", "                loss = (w * d).sum()", "                d = d * temperature**2\n                loss = (w * d).sum()"),
+    ("q5", "cosd.py", "temperature in the student's logits", "token_loss(objective, student.head(h_s), teacher_logits, tokens)", "token_loss(objective, student.head(h_s) / temperature, teacher_logits, tokens)"),
+    ("q5", "cosd.py", "temperature in both logits, squared once more", "token_loss(objective, student.head(h_s), teacher_logits, tokens) ", "temperature**2 * token_loss(objective, student.head(h_s) / temperature, teacher_logits and teacher_logits / temperature, tokens) "),
+    ("q5", "cosd.py", "teacher and student change places", "token_loss(objective, student.head(h_s), teacher_logits, tokens)", "token_loss(objective, teacher_logits, student.head(h_s), tokens)"),
+    ("q5", "cosd.py", "mean in place of the weights", "                loss = (w * d).sum()", "                loss = d.mean()"),
+    ("q5", "cosd.py", "sum in place of the weights", "                loss = (w * d).sum()", "                loss = d.sum()"),
+    ("q5", "cosd.py", "mean of the weighted values", "                loss = (w * d).sum()", "                loss = (w * d).mean()"),
+    ("q5", "cosd.py", "chunks lose the weights", "teacher.model.head.weight, divergence, w, chunk)", "teacher.model.head.weight, divergence, None, chunk)"),
+    ("q5", "cosd.py", "no gradient to the student", "            h_s = completion_states(student, part.prompts, part.completion, part.mask) ", "            h_s = completion_states(student, part.prompts, part.completion, part.mask).detach()"),
+    ("q5", "cosd.py", "always forward KL", "token_loss(objective, student.head(h_s), teacher_logits, tokens)", "token_loss('forward_kl', student.head(h_s), teacher_logits, tokens)"),
+    ("q5", "cosd.py", "the student is its own teacher", "            h_t = teacher.states(", "            h_t = Teacher(student, 'live').states("),
+    ("q5", "cosd.py", "the rollout is drawn again", "    if batch.completion is None:", "    if True:"),
+]
+
+# ================================================================================================== right answers
+RIGHT = [  # (question, file, function, which of its blanks, what is different, what the student writes there, and beside it)
+    ("q1", "cosd.py", "forward_kl", 0, "F.kl_div, whose arguments read backwards", """
+        never = log_p.isneginf()
+        return F.kl_div(log_q.masked_fill(never, 0), log_p.masked_fill(never, -1e30), reduction="none", log_target=True).sum(-1)""", ""),
+    ("q1", "cosd.py", "kl", 0, "einsum", """
+        a, zero = log_a.exp(), torch.zeros(())
+        return torch.einsum("...v,...v->...", a, torch.where(a > 0, log_a - log_b, zero.to(a)))""", ""),
+    ("q1", "cosd.py", "kl", 0, "cross-entropy less entropy", """
+        a = torch.exp(log_a)
+        cross_entropy, entropy = (-(a * x.masked_fill(a == 0, 0)).sum(-1) for x in (log_b, log_a))
+        return cross_entropy - entropy""", ""),
+    ("q1", "cosd.py", "log_softmax_pair", 0, "logsumexp by hand, no_grad for the teacher", """
+        student_logits = student_logits.to(at_least_fp32)
+        with torch.no_grad():
+            log_p = teacher_logits.to(at_least_fp32) - teacher_logits.to(at_least_fp32).logsumexp(-1, keepdim=True)
+        return student_logits - student_logits.logsumexp(-1, keepdim=True), log_p""", ""),
+    ("q1", "cosd.py", "jsd", 0, "logsumexp of a stack, in a helper with a constant and an import of its own", """
+        return (1 - beta) * kl(log_q, mixed(log_p, log_q, beta)) + beta * kl(log_p, mixed(log_p, log_q, beta))""", """
+        from math import log as LN
+
+        TINY = -1e30
+
+        def mixed(log_p, log_q, beta):
+            a, b = log_p.clamp(min=TINY), log_q.clamp(min=TINY)
+            return torch.stack([a + LN(beta), b + LN(1 - beta)]).logsumexp(0)"""),
+    ("q2", "cosd.py", "completion_states", 0, "row by row", """
+        rows = zip(prompts, mask.sum(1).tolist(), model.hidden(ids, cache, embedded))
+        return torch.cat([h[len(p) - 1 : len(p) - 1 + n] for p, n, h in rows])""", ""),
+    ("q2", "cosd.py", "completion_states", 0, "a mask over all positions", """
+        t, first = torch.arange(ids.shape[1]), torch.tensor([[len(p) - 1] for p in prompts])
+        return model.hidden(ids, cache, embedded)[(t >= first) & (t < first + mask.sum(1, keepdim=True))]""", ""),
+    ("q2", "cosd.py", "token_weights", 0, "a loop over rows", """
+        scored = scored * (torch.arange(mask.shape[1]) >= skip)
+        if reduction == "token":
+            return scored / max(scored.sum().item(), 1)
+        rows = [row / row.sum() if row.any() else row for row in scored]
+        return torch.stack(rows) / max(1, sum(bool(row.any()) for row in scored))""", ""),
+    ("q3", "model.py", "KVCache.attend", 0, "scatter", """
+        where = slots.expand(len(k), -1)[:, None, :, None].expand_as(k)
+        self.keys[layer].scatter_(2, where, k)
+        self.values[layer].scatter_(2, where, v)""", ""),
+    ("q3", "model.py", "KVCache.attend", 1, "attention written out, the prefix in front", """
+        seen = torch.arange(self.used)[None, None] <= slots[:, :, None]
+        if self.prefix:
+            held = self.prefix.keys[layer], self.prefix.values[layer]
+            keys, values = (torch.cat([p.expand(len(k), -1, -1, -1), x], 2) for p, x in zip(held, (keys, values)))
+            seen = F.pad(seen, (self.offset, 0), value=True)
+        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
+        scores = q @ keys.mT / math.sqrt(q.shape[-1])
+        return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ values""", ""),
+    ("q3", "model.py", "GPT.generate", 0, "a for loop, and what it calls", """
+        h = last_states(self.hidden(ids, cache), lengths)
+        cache.length = start + lengths
+        out, seen, alive = torch.zeros(B, max_new_tokens, dtype=torch.long), torch.zeros(B, max_new_tokens).bool(), torch.full((B,), True)
+        for i in range(max_new_tokens):
+            chosen = sample(self.head(h).float(), temperature, top_k, top_p, generator)
+            out[:, i], seen[:, i] = torch.where(alive, chosen, 0), alive
+            alive = alive & ~(chosen[:, None] == eos_ids[None]).any(1)
+            if not alive.any() or i + 1 == max_new_tokens:
+                return out[:, : i + 1], seen[:, : i + 1]
+            h = self.hidden(out[:, i : i + 1], cache)[:, 0]""", """
+        def last_states(h, lengths):
+            return torch.stack([row[n - 1] for row, n in zip(h, lengths.tolist())])"""),
+    ("q4", "contexts.py", "render", 0, "a list that grows", """
+        ids = []
+        if context is not None:
+            ids.append(SYSTEM)
+            ids.extend(encode(context))
+        ids += [USER] + encode(prompt)
+        ids.append(ASSISTANT)
+        return ids""", ""),
+    ("q4", "contexts.py", "teacher_turns", 0, "a helper for a turn", """
+        def dress(text, values):
+            if not template or "{prompt}" not in template:
+                return text
+            shown = values.get("answer", "")
+            return fill(template, dict(prompt=text, demonstration=values.get("demonstration") or shown, solution=values.get("solution") or shown))
+
+        turns = [say("system", "\\n\\n".join(system))] * bool(system) + context
+        for shot in shots:
+            turns.append(say("user", dress(shot["prompt"], shot)))
+            turns.append(say("assistant", expert(shot)))
+        return turns + own[:-1] + [say("user", dress(own[-1]["content"], row))]""", """
+        def say(role, content):
+            return {"role": role, "content": content}"""),
+    ("q5", "cosd.py", "cosd_step", 0, "a result taken apart", """
+        with autocast():
+            rollout = student.generate(batch.prompts, max_new_tokens, eos=eos, generator=generator, temperature=temperature)
+        batch.completion = rollout[0]
+        batch.mask = rollout[1]""", ""),
+    ("q5", "cosd.py", "cosd_step", 1, "chunks by hand, the loss as an inner product", """
+        h_s, h_t = completion_states(student, part.prompts, part.completion, part.mask), None
+        if teacher is not None:
+            h_t = teacher.states(part.teacher_prompts, part.completion, part.mask)
+        pieces = []
+        for i in range(0, len(w), chunk or len(w)):
+            here = slice(i, i + (chunk or len(w)))
+            with torch.no_grad():
+                logits = teacher.model.head(h_t[here]) if teacher else None
+            pieces.append(token_loss(objective, student.head(h_s[here]), logits, tokens[here]))
+        d = torch.cat(pieces)
+        loss = torch.einsum("n,n->", w.to(d.dtype), d)""", ""),
+]
+
+
+def changed(file, old, new):
+    assert REFERENCE[file].count(old) == 1, f"{file} has {REFERENCE[file].count(old)} of: {old}"
+    return REFERENCE[file].replace(old, new)
+
+
+def filled_in(file, function, which, body, beside):
+    """The reference with other lines in one of its blanks, and new top-level names before the function or class."""
+    lines = REFERENCE[file].splitlines()
+    blank = [b for b in blanks(REFERENCE[file]) if b.owner == function][which]
+    lines[blank.first - 1 : blank.last] = textwrap.indent(textwrap.dedent(body).strip("\n"), blank.indent).splitlines()
+    before = next(i for i, line in enumerate(lines) if re.match(rf"(def|class) {function.partition('.')[0]}\b", line))
+    lines[before:before] = [*textwrap.dedent(beside).strip("\n").splitlines(), "", ""] if beside else []
+    return "\n".join(lines) + "\n"
+
+
+# ================================================================================================= is it just?
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """Every answer, tested in one process for all: {(question, what): result}."""
+    answers = [(question, file, what, changed(file, old, new)) for question, file, what, old, new in WRONG]
+    answers += [(question, file, what, filled_in(file, *rest)) for question, file, *rest in
+                [(q, f, function, which, body, beside, what) for q, f, function, which, what, body, beside in RIGHT] for what in [rest.pop()]]
+    folder, jobs = tmp_path_factory.mktemp("answers"), []
+    for number, (question, file, what, text) in enumerate(answers):
+        submission, project = folder / f"submission{number}", folder / f"project{number}"
+        submission.mkdir(), project.mkdir()
+        (submission / file).write_text(text)
+        build(submission, question, project)
+        jobs.append(dict(folder=str(project), question=question, seed=number))
+    results, ended, said = run_jobs(jobs, 300, folder)
+    assert len(results) == len(jobs), f"{ended}\n{said}"
+    return {(question, what): result for (question, _, what, _), result in zip(answers, results)}
+
+
+def points(result):
+    return sum(test["points"] for test in result["tests"] if test["passed"])
+
+
+@pytest.mark.parametrize("question, file, what, old, new", WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG])
+def test_a_wrong_answer_loses_points_of_its_question_alone(question, file, what, old, new, graded):
+    result = graded[question, what]
+    assert result["status"] == 1 and not result["broken"]
+    assert points(result) < QUESTIONS[question].points
+    for other in CODED:                                                # the other questions get a project without a trace of it
+        wanted = {blank.owner for blank in blanks(REFERENCE[file]) if blank.question == other}
+        if other != question and wanted:
+            assert merge(REFERENCE[file], *parse(file, changed(file, old, new).encode()), list(wanted), file) == REFERENCE[file]
+
+
+@pytest.mark.parametrize("question, what", [(r[0], r[4]) for r in RIGHT], ids=[f"{r[0]}: {r[4]}" for r in RIGHT])
+def test_a_right_answer_may_look_otherwise(question, what, graded):
+    result = graded[question, what]
+    assert [test for test in result["tests"] if not test["passed"]] == [] and result["status"] == 0
+    assert points(result) == QUESTIONS[question].points
+
+
+def test_there_are_enough_of_both():
+    assert len(WRONG) >= 30 and len(RIGHT) >= 8 and {w[0] for w in WRONG} == {r[0] for r in RIGHT} == set(CODED)
