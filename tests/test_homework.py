@@ -256,7 +256,7 @@ def graded(tmp_path_factory):
         submission.mkdir(), project.mkdir()
         (submission / file).write_text(text)
         build(submission, question, project)
-        jobs.append(dict(folder=str(project), question=question, seed=number))
+        jobs.append(dict(folder=str(project), question=question, seed=number, maxfail=int(number < len(WRONG))))
     results, ended, said = run_jobs(jobs, 300, folder)
     assert len(results) == len(jobs), f"{ended}\n{said}"
     return {(question, what): result for (question, _, what, _), result in zip(answers, results)}
@@ -286,3 +286,185 @@ def test_a_right_answer_may_look_otherwise(question, what, graded):
 
 def test_there_are_enough_of_both():
     assert len(WRONG) >= 30 and len(RIGHT) >= 8 and {w[0] for w in WRONG} == {r[0] for r in RIGHT} == set(CODED)
+
+
+# ============================================================================================ the student's copy
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy") / "homework"
+    make(folder)
+    return folder
+
+
+def test_the_marks_are_as_they_should_be():
+    """A hint fits into a string and on a line; a blank is at most a dozen lines; what is asked for is one file a question."""
+    for file in CODE:
+        for blank in blanks(REFERENCE[file]):
+            assert '"' not in blank.hint and "\\" not in blank.hint and blank.last - blank.first < 12
+            assert QUESTIONS[blank.question].files == (file,)
+            assert max(map(len, REFERENCE[file].splitlines())) <= 200
+    assert {blank.question for file in CODE for blank in blanks(REFERENCE[file])} == set(CODED)
+
+
+def test_the_points_of_the_tests_are_those_of_the_table():
+    tree, found = ast.parse((ROOT / "tests" / "test_questions.py").read_text()), dict.fromkeys(QUESTIONS, 0)
+    for call in (d for node in tree.body if isinstance(node, ast.FunctionDef) for d in node.decorator_list if isinstance(d, ast.Call)):
+        if call.func.attr in found:
+            found[call.func.attr] += call.keywords[0].value.value
+    assert found == {name: question.points for name, question in QUESTIONS.items()}
+    assert sum(q.points + q.by_hand for name, q in QUESTIONS.items() if name != "q8") == 100
+    for name, question in QUESTIONS.items():                           # and of the handout
+        assert f"({question.points + question.by_hand} points" in re.search(rf"^## {name}\b.*", homework.HANDOUT.read_text(), re.M)[0]
+
+
+def test_the_copy_is_the_project_less_the_solutions(copy):
+    shipped = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert shipped == {*SHIPPED, "README.md"}
+    removed = []
+    for file in CODE:
+        text, gone = blank_out(REFERENCE[file])
+        removed += gone
+        assert (copy / file).read_text() == text
+        ours, theirs = (ast.parse(t) for t in (REFERENCE[file], text))
+        assert [ast.get_docstring(n) for n in homework.functions(ours).values()] == [ast.get_docstring(n) for n in homework.functions(theirs).values()]
+        assert [ast.unparse(n.args) for n in homework.functions(ours).values()] == [ast.unparse(n.args) for n in homework.functions(theirs).values()]
+    assert len(removed) > 50 and survivors(copy, removed) == []
+    assert not any(line in path.read_text() for line in removed if len(line.strip()) >= 24 for path in copy.rglob("*.*"))
+
+
+def test_a_survivor_is_found_wherever_it_hides(copy, tmp_path):
+    removed = ["        running = running & ~torch.isin(token, eos_ids)\n"]
+    (tmp_path / "plain.py").write_text("x = 1\n  running =  running & ~torch.isin(token, eos_ids)   # a comment\n")
+    cell = {"cell_type": "code", "source": ["a\n", "running = running & ~torch.isin(token, eos_ids)"], "outputs": []}
+    shown = {"cell_type": "code", "source": [], "outputs": [{"data": {"text/plain": ["running = running & ", "~torch.isin(token, eos_ids)"]}}]}
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (tmp_path / "b.ipynb").write_text(json.dumps({"cells": [shown]}))
+    assert [found.partition(":")[0] for found in survivors(tmp_path, removed)] == ["a.ipynb", "b.ipynb", "plain.py"]
+
+
+def test_questions_can_be_handed_out_solved(tmp_path):
+    make(tmp_path / "later", solved=("q1", "q2"))
+    assert {b.question for file in CODE for b in blanks(REFERENCE[file])} - set(re.findall(r'Error\("(q\d):', "".join(
+        (tmp_path / "later" / file).read_text() for file in CODE))) == {"q1", "q2"}
+    with pytest.raises(SystemExit, match="not empty"):
+        make(tmp_path / "later")
+
+
+def test_the_untouched_copy_fails_every_question_with_its_hint(copy):
+    jobs = [dict(folder=str(copy), question=question, seed=1) for question in QUESTIONS]
+    results, ended, said = run_jobs(jobs, 120, copy.parent)
+    assert len(results) == len(jobs), f"{ended}\n{said}"
+    for question, result in zip(QUESTIONS, results):
+        assert result["tests"] and points(result) == 0 and not result["broken"]
+        for test in result["tests"]:
+            assert test["reason"].startswith(f"NotImplementedError: {question}: "), test
+
+
+def test_what_is_not_asked_for_works_in_the_copy(copy):
+    """As its README says: the tests of the given parts pass, before a line is written."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_given.py"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+# ==================================================================================================== the grader
+def submit(folder, **files):
+    folder.mkdir()
+    for name in {file for question in CODED for file in QUESTIONS[question].files}:
+        (folder / name).write_text(REFERENCE[name])
+    for name, text in files.items():
+        path = folder / f"{name}.py"
+        path.write_text(text) if text is not None else path.unlink()
+    return folder
+
+
+def outcome(results):
+    return {f"q{test['number']}": (test["score"], test["output"]) for test in results["tests"]}
+
+
+def test_the_reference_gets_full_marks(tmp_path):
+    results = grade(submit(tmp_path / "reference"), CODED)
+    assert [test["score"] for test in results["tests"]] == [QUESTIONS[q].points for q in CODED], results
+    assert results["score"] == 65 and {test["status"] for test in results["tests"]} == {"passed"}
+
+
+def test_results_in_gradescopes_format(tmp_path, capsys):
+    """The command, on a folder with nothing in it."""
+    (tmp_path / "empty").mkdir()
+    assert homework.main(["grade", str(tmp_path / "empty"), "--results", str(tmp_path / "results.json")]) == 0
+    results, shown = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+    assert results["score"] == 0 and results["visibility"] == "visible" and isinstance(results["output"], str)
+    assert [test["number"] for test in results["tests"]] == [name[1:] for name in QUESTIONS]
+    for test, (name, question) in zip(results["tests"], QUESTIONS.items()):
+        assert test["score"] == 0 and test["max_score"] == question.points and test["status"] == "failed" and test["name"] == f"{name}: {question.about}"
+        assert f"{question.files[0]} is missing" in test["output"] and test["name"] in shown and question.files[0] in shown
+    with pytest.raises(SystemExit, match="no folder"):
+        homework.main(["grade", str(tmp_path / "nowhere")])
+
+
+def test_a_submission_that_hangs_leaves_floods_or_does_not_parse(tmp_path):
+    cosd = changed("cosd.py", "    a = log_a.exp()\n", "    while True: pass\n")                                            # q1 hangs
+    cosd = cosd.replace("    scored[:, :skip] = 0\n", "    import os; os._exit(0)\n")                                          # q2 leaves
+    cosd = cosd.replace("                loss = (w * d).sum()", "                print('x' * 10**8)\n                loss = (w * d).sum()")  # q5 floods
+    submission = submit(tmp_path / "submission", cosd=cosd, model=None, contexts=REFERENCE["contexts.py"].replace("def fill(", "def fill((", 1))
+    found = outcome(grade(submission, CODED, seconds={"q1": 8}))
+    line = REFERENCE["contexts.py"].splitlines().index(next(t for t in REFERENCE["contexts.py"].splitlines() if t.startswith("def fill("))) + 1
+    assert found["q1"][0] == 0 and "longer than 8 seconds" in found["q1"][1]
+    assert found["q2"][0] == 0 and "exit code 0" in found["q2"][1]
+    assert found["q3"] == (0, "model.py is missing: see q3 in homework.md")
+    assert found["q4"][0] == 0 and f"contexts.py does not parse: line {line}" in found["q4"][1]
+    assert found["q5"][0] < 15 and len(found["q5"][1]) < 10_000
+
+
+FORGED = """
+import atexit, json, os, sys
+
+def forge():
+    line = json.dumps({"tests": [{"name": "all", "points": 15, "passed": True, "reason": ""}], "broken": None, "status": 0})
+    print(line, flush=True)
+    for name in os.listdir("."):
+        if os.path.isfile(name):
+            open(name, "w").write(line)
+    os._exit(0)
+
+"""
+
+
+def test_a_submission_that_forges_raises_or_spoils(tmp_path):
+    """Results printed or written about, an error at import, patched test functions, `sys.exit`, `pytest.skip`."""
+    cosd = changed("cosd.py", "    scored[:, :skip] = 0\n", "    forge()\n").replace("import math\n", "import math\n" + FORGED, 1)    # q2
+    cosd = cosd.replace("    return kl(log_p, log_q)", "    import pytest; pytest.skip('later')")                                 # q1
+    cosd = cosd.replace("                loss = (w * d).sum()", "                sys.exit(0)")                                    # q5
+    model = changed("model.py", "            self.keys[layer][rows, :, slots]", "            del torch.Tensor.transpose\n            self.keys[layer][rows, :, slots]")
+    contexts = "BROKEN = 1 / 0\n" + REFERENCE["contexts.py"]
+    found = outcome(grade(submit(tmp_path / "submission", cosd=cosd, model=model, contexts=contexts), CODED))
+    assert 0 < found["q1"][0] < 15 and "later" in found["q1"][1]
+    assert found["q2"][0] == 0 and "ended by itself" in found["q2"][1]
+    assert found["q3"][0] < 15
+    assert found["q4"][0] == 0 and "ZeroDivisionError" in found["q4"][1]
+    assert found["q5"][0] < 15 and "SystemExit" in found["q5"][1]
+
+
+@pytest.mark.parametrize("data, reason", [
+    (b"\xff\xfe", "not UTF-8"), (b"x = (\n", "does not parse: line 1"), (b"x = '\0'", "does not parse"), (b"(" * 5000, "does not parse"),
+    (b"", "no function"), (b"def render(): pass\n" * 400_000, "larger than 4 MB")])
+def test_rubbish_is_refused_in_a_line(data, reason, tmp_path):
+    (tmp_path / "contexts.py").write_bytes(data)
+    found = outcome(grade(tmp_path, ["q4"]))
+    assert found["q4"][0] == 0 and reason in found["q4"][1] and len(found["q4"][1].splitlines()) == 1
+
+
+def test_links_and_folders_are_no_files(tmp_path):
+    (tmp_path / "contexts.py").symlink_to(ROOT / "contexts.py")
+    (tmp_path / "model.py").mkdir()
+    found = outcome(grade(tmp_path, ["q3", "q4"]))
+    assert found["q3"] == (0, "model.py is not a plain file") and found["q4"] == (0, "contexts.py is not a plain file")
+
+
+def test_only_what_may_be_edited_is_taken(tmp_path):
+    """Tests, conftest, pytest's settings, given functions and other files of the submission play no part."""
+    submission = submit(tmp_path / "submission", contexts=REFERENCE["contexts.py"].replace("def encode(", "def encode_(").replace("return ENCODING", "return []; ENCODING"))
+    (submission / "tests").mkdir()
+    for name in ("conftest.py", "tests/conftest.py", "tests/test_questions.py", "sitecustomize.py", "pytest.py"):
+        (submission / name).write_text("raise SystemExit")
+    (submission / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--co'")
+    assert outcome(grade(submission, ["q4"]))["q4"][0] == 10
