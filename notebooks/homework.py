@@ -39,10 +39,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HANDOUT = Path(__file__).with_name("homework.md")
+HANDOUT, SOLUTIONS = Path(__file__).with_name("homework.md"), Path(__file__).with_name("solutions")
 CODE = ("model.py", "cosd.py", "contexts.py", "train.py")
 SHIPPED = (*CODE, "pyproject.toml", "LICENSE", ".gitignore", "notebooks/homework.md", "tests/conftest.py", "tests/test_questions.py",
-           "tests/test_given.py")
+           "tests/test_model.py", "tests/test_contexts.py")
 MARK = re.compile(r"# (q\d): (.+)$")
 
 
@@ -264,31 +264,32 @@ def build(submission: Path, question: str, folder: Path) -> None:
 
 # ================================================================================================ running tests
 class Points:
-    """A pytest plugin: each test function of a question earns its points, if all of its cases pass."""
+    """A pytest plugin: each test function of a question has points, shared evenly by its cases."""
 
     def __init__(self, question: str):
-        self.question, self.points, self.failed, self.passed, self.broken = question, {}, {}, set(), None
+        self.question, self.tests, self.broken = question, {}, None
 
     def pytest_collection_modifyitems(self, items):
         for item in items:
             if mark := item.get_closest_marker(self.question):
-                self.points[item.originalname] = mark.kwargs["points"]
+                self.tests.setdefault(item.originalname, {"points": mark.kwargs["points"], "cases": {}, "reason": ""})["cases"][item.name] = False
 
     def pytest_collectreport(self, report):
         if report.failed:
             self.broken = shorten(str(report.longrepr).strip().splitlines()[-1].removeprefix("E").strip())
 
     def pytest_runtest_logreport(self, report):
-        name = re.sub(r"\[.*", "", report.nodeid.rpartition("::")[2])
-        if report.when == "call" and report.passed:
-            self.passed.add(name)
-        elif not report.passed:
+        case = report.nodeid.rpartition("::")[2]
+        test = self.tests[case.partition("[")[0]]
+        if report.when == "call":
+            test["cases"][case] = report.passed
+        if not report.passed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.failed.setdefault(name, shorten(crash.message if crash else str(report.longrepr)))
+            test["reason"] = test["reason"] or shorten(crash.message if crash else str(report.longrepr))
 
     def result(self, status: int) -> dict:
-        tests = [dict(name=name, points=points, passed=name in self.passed and name not in self.failed, reason=self.failed.get(name, ""))
-                 for name, points in self.points.items()]
+        tests = [dict(name=name, points=test["points"], reason=test["reason"],
+                      score=round(test["points"] * sum(test["cases"].values()) / len(test["cases"]), 2)) for name, test in self.tests.items()]
         return {"tests": tests, "broken": self.broken, "status": int(status)}
 
 
@@ -309,7 +310,8 @@ def run() -> None:
         folder, points = job["folder"], Points(job["question"])
         os.environ["COSD_SEED"] = str(job["seed"])
         os.chdir(folder)
-        status = pytest.main(["-q", "-c", f"{folder}/pyproject.toml", "--rootdir", folder, "-p", "no:cacheprovider", "--tb=short",
+        status = pytest.main(["-q", "-c", f"{folder}/pyproject.toml", "--rootdir", folder, "-p", "no:cacheprovider",
+                              "-p", "no:unraisableexception", "--tb=short",
                               "-m", job["question"], f"--maxfail={job.get('maxfail', 0)}", f"{folder}/tests/test_questions.py"], plugins=[points])
         with to_file(order["results"], "a") as file:
             file.write(order["token"] + to_json(points.result(status)) + "\n")
@@ -369,8 +371,8 @@ def grade_question(submission: Path, question: str, seed: int, seconds: float, b
         if result["broken"] or result["status"] not in (0, 1):
             raise Refused(result["broken"] or f"pytest was interrupted (status {result['status']}); the end of what was printed:\n{said}")
         for test in result["tests"]:
-            score += test["points"] * test["passed"]
-            lines.append(f"{test['points'] * test['passed']}/{test['points']} {test['name']}" + (f": {test['reason']}" if test["reason"] else ""))
+            score = round(score + test["score"], 2)
+            lines.append(f"{test['score']:g}/{test['points']} {test['name']}" + (f": {test['reason']}" if test["reason"] else ""))
     except Refused as reason:
         score, lines = 0.0, [str(reason)]
     except OSError as error:                                           # the submission's names and files may be anything
@@ -414,7 +416,7 @@ def table(results: dict) -> str:
     rows = [["question", "points", "of", "by hand", "seconds", "what"]]
     for test in results["tests"]:
         asked, what = QUESTIONS[f"q{test['number']}"], test["output"].splitlines()
-        lost = [line for line in what if not re.match(r"(\d+)/\1 |A person", line)]
+        lost = [line for line in what if not re.match(r"(\S+)/\1 |A person", line)]
         rows.append([test["name"], f"{test['score']:g}", f"{test['max_score']:g}", f"{asked.by_hand or ''}", f"{test['extra_data']['seconds']:g}",
                      shorten(lost[0], 100) if lost else ""])
     rows.append(["sum", f"{results['score']:g}", f"{sum(t['max_score'] for t in results['tests']):g}", "", "", results["output"]])

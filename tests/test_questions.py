@@ -5,7 +5,7 @@ COSD_SEED draws other numbers, shapes and prompts; the grader does. What is hand
 beside the code, in the project itself in notebooks/solutions/.
 """
 
-import ast
+import importlib.util
 import json
 import math
 import os
@@ -20,10 +20,11 @@ from torch.testing import assert_close
 
 import contexts
 import cosd
+import train
 from conftest import ROOT, tiny_gpt
-from contexts import ASSISTANT, END, SYSTEM, TEMPLATES, USER, WORLD, encode, render, teacher_turns
-from cosd import Batch, Teacher, chunked_divergence, completion_states, cosd_step, forward_kl, jsd, kl, reverse_kl, token_weights
-from model import GPT, KVCache, pad_right
+from contexts import ASSISTANT, END, SYSTEM, TEMPLATES, USER, WORLD, Example, encode, render, teacher_turns
+from cosd import Batch, Teacher, completion_states, cosd_step, forward_kl, jsd, kl, reverse_kl, token_weights
+from model import GPT, KVCache
 
 SEED = int(os.environ.get("COSD_SEED", 0))
 HANDED_IN = ROOT / "notebooks" / "solutions" if (ROOT / "notebooks" / "solutions").exists() else ROOT
@@ -519,3 +520,124 @@ def test_q5_micro_batches_chunks_and_weight(q5_alone):
         log, gradient = a_step(student, teacher, a_batch(), **how)
         assert log["loss"] == pytest.approx(scale * loss.item(), rel=1e-5) and log["objective"] == pytest.approx(loss.item(), rel=1e-5)
         assert_close(gradient, scale * expected, rtol=1e-5, atol=1e-7)
+
+
+# ================================================================ q6: a verb is learned and nothing is forgotten
+FIELDS = {"method", "divergence", "beta", "teacher", "ema_rate", "anchors", "lr", "steps", "batch", "temperature", "warmup", "schedule"}
+LARGEST = {"steps": 250, "batch": 64}
+
+
+def handed_in(question, name):
+    if not (HANDED_IN / name).is_file():
+        raise NotImplementedError(f"{question}: hand in {name}, as homework.md describes it")
+    return HANDED_IN / name
+
+
+def settings():
+    chosen = json.loads(handed_in("q6", "q6.json").read_text())
+    assert isinstance(chosen, dict) and chosen.keys() <= FIELDS, f"q6.json is an object with fields among {', '.join(sorted(FIELDS))}"
+    assert all(chosen.get(name, 1) <= most for name, most in LARGEST.items()), f"at most {LARGEST}"
+    assert chosen.get("method", "cosd") != "all"
+    return {"method": "cosd"} | chosen
+
+
+@pytest.mark.q6(points=1)
+def test_q6_settings_are_valid():
+    train.Config(context="demonstrations", **settings())
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """Type A on fresh prompts and probes; the base is that of seed 0, pretrained here if it is not in out/ (some minutes)."""
+    cfg = train.Config(context="demonstrations", **settings(), bases=str(ROOT / "out"), out=str(tmp_path_factory.mktemp("q6")))
+    cfg = cfg.for_method(cfg.method)
+    device, dtype, autocast = train.resolve_device(cfg)
+    base, fingerprint = train.get_base(cfg, device, dtype, autocast)
+    task = contexts.world_task("demonstrations", fresh("held out"), fresh("probes"), cfg.eval_size)
+    return train.run(train.replace(cfg, seed=1000 + SEED), task, base, fingerprint, dtype, autocast)
+
+
+@pytest.mark.slow
+@pytest.mark.q6(points=6)
+def test_q6_the_verb_is_learned_in_the_models_own_manner(learned):
+    assert learned["after"]["exact"] >= 0.95, "exact match on held-out words, without context"
+
+
+@pytest.mark.slow
+@pytest.mark.q6(points=4)
+def test_q6_the_known_verbs_are_kept(learned):
+    assert learned["prior_change"] >= -0.02
+
+
+@pytest.mark.slow
+@pytest.mark.q6(points=4)
+def test_q6_other_contexts_still_work(learned):
+    assert learned["steerability_change"] >= -0.02
+
+
+# ============================================================================================ q7: an ablation
+@pytest.mark.q7(points=2)
+def test_q7_eight_runs_over_three_factors():
+    runs = json.loads(handed_in("q7", "q7.json").read_text())
+    choices = {"divergence": {"forward_kl", "reverse_kl", "jsd", "policy_gradient"}, "teacher": {"frozen", "ema", "live"}}
+    for run in runs:
+        assert all(run[name] in allowed for name, allowed in choices.items()) and 0 <= run["anchors"] < 1, run
+        assert 0 <= run["score"] <= 1 and -1 <= run["prior"] <= 1 and 0 <= run["drift"] < 100, run
+    assert len({(run["divergence"], run["teacher"], run["anchors"]) for run in runs}) >= 8, "eight different settings"
+    assert all(len({run[factor] for run in runs}) >= 2 for factor in ("divergence", "teacher", "anchors"))
+
+
+@pytest.mark.q7(points=2)
+def test_q7_a_plot():
+    data = handed_in("q7", "q7.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", data[16:24])) >= 300, "a PNG, 300 pixels or more each way"
+
+
+@pytest.mark.q7(points=1)
+def test_q7_half_a_page():
+    assert 150 <= len(handed_in("q7", "q7.md").read_text().split()) <= 600, "150 to 600 words; a person reads them"
+
+
+# ================================================================================= q8: a fifth context (bonus)
+@pytest.fixture
+def q8():
+    spec = importlib.util.spec_from_file_location("q8", handed_in("q8", "q8.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.q8(points=3)
+def test_q8_draws_examples(q8):
+    drawn = [q8.draw(random.Random(seed)) for seed in range(100 * SEED, 100 * SEED + 50)]
+    for e in drawn:
+        assert isinstance(e, Example) and e.kind not in WORLD and all(isinstance(t, str) and t.strip() for t in (e.context, e.prompt, e.answer, e.expert))
+        assert contexts.grade(e, e.answer)["score"] == 1
+        assert len(render(e.context, e.prompt)) + len(encode(e.answer)) < 128, "keep it short"
+    assert q8.draw(random.Random(SEED)) == q8.draw(random.Random(SEED)), "everything random comes from `rng`"
+    assert len({e.prompt for e in drawn}) > 10 and len({e.answer for e in drawn}) > 3, "other seeds, other examples"
+
+
+@pytest.mark.q8(points=3)
+def test_q8_the_student_does_not_see_the_context(q8):
+    for e in (q8.draw(random.Random(f"{SEED}/{i}")) for i in range(50)):
+        student, teacher = render(None, e.prompt), render(e.context, e.prompt)
+        assert teacher == [SYSTEM, *encode(e.context), *student]
+        assert e.context not in e.prompt and e.answer not in e.prompt.split(), "neither context nor answer in the prompt"
+
+
+@pytest.mark.q8(points=2)
+def test_q8_held_out_prompts_are_separate(q8):
+    kept, trained = ({q8.draw(random.Random(f"{SEED}/{i}"), heldout).prompt for i in range(300)} for heldout in (True, False))
+    assert kept and trained and not kept & trained
+
+
+@pytest.mark.q8(points=2)
+def test_q8_says_what_it_is(q8):
+    """And the context decides: the same prompt has several answers."""
+    assert len(q8.DESCRIPTION.split()) >= 10
+    answers = {}
+    for i in range(3000):
+        e = q8.draw(random.Random(f"{SEED}/{i}"))
+        answers.setdefault(e.prompt, {}).setdefault(e.answer, e.context)
+    assert any(len(a) > 1 and len(set(a.values())) == len(a) for a in answers.values())
