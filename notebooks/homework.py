@@ -36,6 +36,7 @@ import tempfile
 import time
 import tokenize
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,9 +84,10 @@ class Blank:
     indent: str
 
 
+@lru_cache(maxsize=16)
 def blanks(source: str) -> list[Blank]:
     """The marked places of a file, from its tokens: a block ends where its indentation does."""
-    tokens, found = list(tokenize.generate_tokens(io.StringIO(source).readline)), []
+    tokens, found, defs = list(tokenize.generate_tokens(io.StringIO(source).readline)), [], functions(ast.parse(source))
     skipped = (tokenize.COMMENT, tokenize.NL)
     for i, token in enumerate(tokens):
         if token.type != tokenize.COMMENT or not (mark := MARK.search(token.string)):
@@ -100,16 +102,13 @@ def blanks(source: str) -> list[Blank]:
                 last = t.start[0] if t.type == tokenize.NEWLINE and first else last
             elif first is None and not (opens and t.type == tokenize.STRING):       # a docstring stays
                 first, indent = t.start[0], t.line[: len(t.line) - len(t.line.lstrip())]
-        found.append(Blank(mark[1], mark[2], owner(source, token.start[0]), first, last, indent))
+        owner = next(name for name, node in defs.items() if start(node) <= token.start[0] <= node.end_lineno)
+        found.append(Blank(mark[1], mark[2], owner, first, last, indent))
     return found
 
 
-def owner(source: str, line: int) -> str:
-    """The function that holds this line: `name` or `Class.name`."""
-    return next(name for name, node in functions(ast.parse(source)).items() if start(node) <= line <= node.end_lineno)
-
-
 def functions(tree: ast.Module) -> dict[str, ast.AST]:
+    """All functions and methods, as `name` and `Class.name`."""
     defs = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
