@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import tokenize
 from dataclasses import dataclass
@@ -208,40 +209,47 @@ def parse(name: str, data: bytes) -> tuple[str, ast.Module]:
 
 
 def merge(reference: str, submitted: str, theirs: ast.Module, wanted: list[str], name: str) -> str:
-    """The reference, with the functions `wanted` and all new top-level names from the submission."""
+    """The reference, with the functions `wanted` and all new names from the submission, each where the student has put it."""
     ours, lines, edits = ast.parse(reference), reference.splitlines(keepends=True), []
-    source = lambda node: "".join(submitted.splitlines(keepends=True)[start(node) - 1 : node.end_lineno]).rstrip("\n") + "\n"
+
+    def source(node: ast.AST, column: int = 0) -> str:
+        text = "".join(submitted.splitlines(keepends=True)[start(node) - 1 : node.end_lineno]).rstrip("\n") + "\n"
+        return text if node.col_offset == column else textwrap.indent(textwrap.dedent(text), " " * column)
+
     mine, yours = functions(ours), functions(theirs)
     for function in wanted:
         if function not in yours:
             raise Refused(f"{name} has no function {function}")
-        edits.append((start(mine[function]) - 1, mine[function].end_lineno, source(yours[function])))
+        edits.append((start(mine[function]) - 1, mine[function].end_lineno, source(yours[function], mine[function].col_offset)))
     known = {n: node for node in ours.body for n in bound(node)}
-    imports = max(node.end_lineno for node in ours.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    after = imports
-    for node in theirs.body:                                           # a new name goes where the student has put it
+    after = imports = max(node.end_lineno for node in ours.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    for node in theirs.body:
         names = bound(node)
-        if names & known.keys():
-            after = max([imports, *(known[n].end_lineno for n in names & known.keys())])
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and names - known.keys():
+            edits.append((imports, imports, source(node)))
+        elif names & known.keys():
+            after = max(imports, *(known[n].end_lineno for n in names & known.keys()))
         elif names:
-            at = imports if isinstance(node, (ast.Import, ast.ImportFrom)) else after
-            edits.append((at, at, source(node)))
-    own = {node.name: node for node in ours.body if isinstance(node, ast.ClassDef)}
+            edits.append((after, after, source(node)))
+    classes = {node.name: node for node in ours.body if isinstance(node, ast.ClassDef)}
     for function, node in yours.items():                               # a new method goes to the end of its class
-        cls = function.partition(".")[0]
-        if function not in mine and cls in own and any(w.startswith(f"{cls}.") for w in wanted):
-            edits.append((own[cls].end_lineno, own[cls].end_lineno, "\n" + source(node)))
+        owner = function.partition(".")[0]
+        if function not in mine and owner in classes and any(w.startswith(f"{owner}.") for w in wanted):
+            edits.append((classes[owner].end_lineno, classes[owner].end_lineno, "\n" + source(node, 4)))
     for _, (first, last, text) in sorted(enumerate(edits), key=lambda e: (e[1][0], e[0]), reverse=True):
         lines[first:last] = [text]
     return "".join(lines)
 
 
 def bound(node: ast.AST) -> set[str]:
-    """The names that a top-level statement defines. Others (calls, loops, `raise`) are not taken over."""
+    """The names that a top-level statement defines. What defines none (a call, a `raise`) is not taken over."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {node.name}
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return {alias.asname or alias.name.partition(".")[0] for alias in node.names} - {"annotations"}
+    if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module != "__future__"):
+        return {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    if isinstance(node, (ast.If, ast.Try, ast.With)):
+        parts = [*node.body, *getattr(node, "orelse", ()), *(part for handler in getattr(node, "handlers", ()) for part in handler.body)]
+        return {name for part in parts for name in bound(part)}
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 
@@ -374,8 +382,8 @@ def grade_question(submission: Path, question: str, seed: int, seconds: float, b
             lines.append(f"{test['score']:g}/{test['points']} {test['name']}" + (f": {test['reason']}" if test["reason"] else ""))
     except Refused as reason:
         score, lines = 0.0, [str(reason)]
-    except OSError as error:                                           # the submission's names and files may be anything
-        score, lines = 0.0, [f"could not be read: {error}"]
+    except Exception as error:                                         # a submission may be anything; the others are still to be graded
+        score, lines = 0.0, [f"the grader cannot make anything of this: {type(error).__name__}: {shorten(str(error))}"]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if asked.by_hand:

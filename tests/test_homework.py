@@ -473,6 +473,60 @@ def test_links_and_folders_are_no_files(tmp_path):
     assert found["q3"] == (0, "model.py is not a plain file") and found["q4"] == (0, "contexts.py is not a plain file")
 
 
+def test_what_a_student_adds_comes_along():
+    """Helpers, constants, imports (a longer line of the file's own, one that may fail), methods, other indentation, line ends."""
+    reference = "from __future__ import annotations\nimport torch\n\n\nclass A:\n    def f(self):\n        return 0\n\n\ndef g():\n    return 0\n\n\nlast = 1\n"
+    submitted = ("from __future__ import annotations\nimport torch, math\ntry:\n    import einops\nexcept ImportError:\n    einops = None\n\nprint(1)\nTAU = 2\n\n"
+                 "class A:\n\t@property\n\tdef f(self):\n\t\treturn self.h() + TAU\n\tdef h(self):\n\t\treturn helper()\n\n"
+                 "def g():\n    raise ValueError\n\ndef helper():\n    return math.floor(40.5)\n\nif __name__ == '__main__':\n    g()\n").replace("\n", "\r\n")
+    merged = merge(reference, *parse("a.py", submitted.encode()), ["A.f"], "a.py")
+    names = {}
+    exec(merged, names)
+    assert names["A"]().f == 42 and names["g"]() == 0 and names["last"] == 1 and "print" not in merged and "einops" in names
+
+
+# q6 to q8: what is handed in as a file
+RUNS = [dict(divergence=d, teacher=t, anchors=a, score=1.0, prior=0.0, drift=0.1) for d in ("jsd", "forward_kl") for t in ("ema", "live") for a in (0, 0.5)]
+EXCHANGE = (homework.SOLUTIONS / "q8.py").read_text()
+WRONG_FILES = [
+    ("q6", "q6.json", "too many steps", '{"steps": 251}'), ("q6", "q6.json", "too large a batch", '{"batch": 65}'),
+    ("q6", "q6.json", "a field that is not to be set", '{"pretrain_steps": 1}'), ("q6", "q6.json", "another base", '{"bases": "/"}'),
+    ("q6", "q6.json", "no JSON", "{steps: 100}"), ("q6", "q6.json", "no object", "[]"), ("q6", "q6.json", "no such method", '{"method": "dpo"}'),
+    ("q6", "q6.json", "a number in quotes", '{"steps": "100"}'), ("q6", "q6.json", "a learning rate out of range", '{"lr": 11}'),
+    ("q7", "q7.json", "seven runs", json.dumps(RUNS[:7])), ("q7", "q7.json", "eight times the same", json.dumps(RUNS[:1] * 8)),
+    ("q7", "q7.json", "a score of 3", json.dumps([*RUNS[:7], RUNS[7] | {"score": 3}])), ("q7", "q7.json", "NaN", json.dumps([*RUNS[:7], RUNS[7] | {"drift": float("nan")}])),
+    ("q7", "q7.json", "an object", "{}"), ("q7", "q7.png", "no picture", "hello"), ("q7", "q7.md", "two words", "it works"),
+    ("q8", "q8.py", "the context in the prompt", EXCHANGE.replace('f"{count} {coin}"', 'f"one {coin} is {worth} {count} {coin}"')),
+    ("q8", "q8.py", "the answer in the prompt", EXCHANGE.replace('f"{count} {coin}"', 'f"{count} {coin} {answer}"')),
+    ("q8", "q8.py", "a random state of its own", EXCHANGE.replace("rng.randint(2, 9), rng", "__import__('random').randint(2, 9), rng")),
+    ("q8", "q8.py", "always the same", EXCHANGE.replace("draw_word(rng, heldout)", "'mot'").replace("rng.randint(2, 9)", "3")),
+    ("q8", "q8.py", "held-out words leak", EXCHANGE.replace("draw_word(rng, heldout)", "draw_word(rng)")),
+    ("q8", "q8.py", "the context decides nothing", EXCHANGE.replace("count * worth", "count * len(coin)")),
+    ("q8", "q8.py", "no description", EXCHANGE.replace("DESCRIPTION = ", "DESCRIPTION = '' and ")),
+    ("q8", "q8.py", "an empty answer", EXCHANGE.replace("answer = str(count * worth)", "answer = ''")),
+    ("q8", "q8.py", "a kind that exists", EXCHANGE.replace('"exchange"', '"privileged"')),
+    ("q8", "q8.py", "not Python", "def draw(:"),
+]
+
+
+def test_files_handed_in(tmp_path):
+    """Wrong ones lose points, and say why; a bad q6.json is not trained on."""
+    jobs = []
+    for number, (question, file, _, text) in enumerate([*WRONG_FILES, ("q7", "q7.md", "", None), ("q8", "q8.py", "", None)]):
+        submission, project = tmp_path / f"submission{number}", tmp_path / f"project{number}"
+        shutil.copytree(homework.SOLUTIONS, submission), project.mkdir()
+        if text is not None:
+            (submission / file).write_text(text)
+        build(submission, question, project)
+        jobs.append(dict(folder=str(project), question=question, seed=number))
+    results, ended, said = run_jobs(jobs, 100, tmp_path)
+    assert len(results) == len(jobs), f"{ended}\n{said}"
+    assert [points(result) for result in results[-2:]] == [QUESTIONS["q7"].points, QUESTIONS["q8"].points]
+    for (question, _, what, _), result in zip(WRONG_FILES, results):
+        assert points(result) < QUESTIONS[question].points and (points(result) == 0 or question != "q6"), what
+        assert any(test["reason"] for test in result["tests"]), what
+
+
 def test_only_what_may_be_edited_is_taken(tmp_path):
     """Tests, conftest, pytest's settings, given functions and other files of the submission play no part."""
     submission = submit(tmp_path / "submission", contexts=REFERENCE["contexts.py"].replace("def encode(", "def encode_(").replace("return ENCODING", "return []; ENCODING"))
