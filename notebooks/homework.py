@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import builtins
 import io
 import json
 import os
@@ -161,25 +160,19 @@ def strings(value) -> list[str]:
 def make(folder: Path, solved: tuple[str, ...] = ()) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"homework.py: {folder} is not empty: name a new folder")
-    removed = []
-    for name in SHIPPED:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = (ROOT / name).read_text()
+    files, removed = {name: (ROOT / name).read_text() for name in SHIPPED}, []
+    handout = files["notebooks/homework.md"]                           # its first part is the README, its last for instructors
+    files["README.md"], files["notebooks/homework.md"] = re.search(r"<!-- README -->\n(.*?)<!-- questions -->\n(.*?)<!-- instructors -->", handout, re.S).groups()
+    for name, text in files.items():
         if name in CODE:
             text, gone = blank_out(text, solved)
             removed += gone
-        target.write_text(text)
-    (folder / "README.md").write_text(student_readme())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text.strip() + "\n")
     if left := survivors(folder, removed):
         shutil.rmtree(folder)
         raise SystemExit("homework.py: the copy would give solutions away:\n" + "\n".join(left))
-    print(f"{folder}: {len(SHIPPED) + 1} files, {len(removed)} lines to write")
-
-
-def student_readme() -> str:
-    """The first section of the handout."""
-    return re.search(r"<!-- README -->\n(.*?)<!-- end -->", HANDOUT.read_text(), re.S)[1].strip() + "\n"
+    print(f"{folder}: {len(files)} files, {len(removed)} lines to write")
 
 
 # ===================================================================================== one question, one project
@@ -189,8 +182,10 @@ class Refused(Exception):
 
 def handed_in(submission: Path, name: str, question: str) -> bytes:
     path = submission / name
+    if not os.path.lexists(path):
+        raise Refused(f"{name} is missing: see {question} in homework.md")
     if path.is_symlink() or not path.is_file():
-        raise Refused(f"{name} is missing: see {question} in homework.md" if not path.is_symlink() and not path.exists() else f"{name} is not a plain file")
+        raise Refused(f"{name} is not a plain file")
     if path.stat().st_size > 4 * 2**20:
         raise Refused(f"{name} is larger than 4 MB")
     return path.read_bytes()
@@ -312,7 +307,7 @@ def run() -> None:
     import pytest
 
     sys.argv[1:], sys.path[:] = [], [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
-    to_json, to_file, loaded = json.dumps, builtins.open, set(sys.modules)
+    to_json, to_file = json.dumps, open
     for job in order["jobs"]:
         folder, points = job["folder"], Points(job["question"])
         os.environ["COSD_SEED"] = str(job["seed"])
@@ -363,14 +358,14 @@ def run_jobs(jobs: list[dict], seconds: float, scratch: Path) -> tuple[list[dict
 
 
 # ====================================================================================================== grading
-def grade_question(submission: Path, question: str, seed: int, seconds: float, bases: Path | None = None) -> dict:
+def grade_question(submission: Path, question: str, seed: int, seconds: float, base: Path | None = None) -> dict:
     """-> one entry of Gradescope's "tests". Whatever the submission does, this returns."""
     asked, began = QUESTIONS[question], time.perf_counter()
     score, lines, folder = 0.0, [], Path(tempfile.mkdtemp())
     try:
         build(submission, question, folder)
-        if question == "q6" and bases:
-            shutil.copytree(bases, folder / "out")
+        if base:
+            shutil.copytree(base, folder / "out" / base.name)
         results, ended, said = run_jobs([dict(folder=str(folder), question=question, seed=seed)], seconds, folder)
         if not results:
             raise Refused(f"{ended}; no points for {question}. The end of what it printed:\n{said}")
@@ -394,29 +389,25 @@ def grade_question(submission: Path, question: str, seed: int, seconds: float, b
             "extra_data": {"seconds": round(time.perf_counter() - began, 1)}}
 
 
-def grade(submission: Path, questions: list[str], seed: int | None = None, seconds: dict[str, float] = {}, bases: Path | None = None) -> dict:
-    """-> Gradescope's results: https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
-    seed = random.SystemRandom().randrange(1, 10**6) if seed is None else seed
-    tests = []
+def grade(submission: Path, seconds: dict[str, float], seed: int | None = None, bases: Path = ROOT / "out") -> dict:
+    """The questions in `seconds`, each with its time limit -> Gradescope's results: https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
+    seed, questions, tests = random.SystemRandom().randrange(1, 10**6) if seed is None else seed, list(seconds), []
     for question in questions:
-        found = ensure_base(bases) if question == "q6" and (submission / "q6.json").is_file() else None
-        tests.append(grade_question(submission, question, seed, seconds.get(question, QUESTIONS[question].seconds), found))
+        base = pretrained(bases) if question == "q6" and (submission / "q6.json").is_file() else None
+        tests.append(grade_question(submission, question, seed, seconds[question], base))
     by_hand = ", ".join(f"{WRITTEN[q]} ({QUESTIONS[q].by_hand})" for q in questions if QUESTIONS[q].by_hand)
     return {"tests": tests, "score": sum(test["score"] for test in tests), "visibility": "visible", "stdout_visibility": "hidden",
             "output": f"Numbers drawn with seed {seed}." + (f" Read by a person, and not in this score: {by_hand}." if by_hand else "")}
 
 
-def ensure_base(bases: Path | None) -> Path:
-    """The pretrained base for q6, in a folder of its own; made here once if `bases` does not hold it (five minutes)."""
+def pretrained(bases: Path) -> Path:
+    """The base for q6, by the reference's code; made here once if `bases` does not hold it (five minutes)."""
     sys.path.insert(0, str(ROOT))
     import train
 
-    cfg = train.Config(out=str(bases or ROOT / "out"))
+    cfg = train.Config(out=str(bases))
     device, dtype, autocast = train.resolve_device(train.replace(cfg, device="cpu"))
-    _, fingerprint = train.get_base(cfg, device, dtype, autocast)
-    only = Path(tempfile.mkdtemp())
-    shutil.copytree(Path(cfg.out) / f"base-{fingerprint}", only / f"base-{fingerprint}")
-    return only
+    return bases / f"base-{train.get_base(cfg, device, dtype, autocast)[1]}"
 
 
 def table(results: dict) -> str:
@@ -443,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     mark.add_argument("--only", nargs="*", default=list(QUESTIONS), choices=QUESTIONS)
     mark.add_argument("--seed", type=int, help="draw the same numbers again")
     mark.add_argument("--patience", type=float, default=1.0, help="multiplies the time limits, for a slow machine")
-    mark.add_argument("--bases", type=Path, help="where the pretrained base of q6 is kept; default out/")
+    mark.add_argument("--bases", type=Path, default=ROOT / "out", help="where the pretrained base of q6 is kept; default out/")
     args = parser.parse_args(argv)
     if args.command == "run":
         run()
@@ -453,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.submission.is_dir():
             raise SystemExit(f"homework.py: there is no folder {args.submission}")
         seconds = {q: args.patience * QUESTIONS[q].seconds for q in args.only}
-        results = grade(args.submission, args.only, args.seed, seconds, args.bases)
+        results = grade(args.submission, seconds, args.seed, args.bases)
         args.results.write_text(json.dumps(results, indent=1))
         print(table(results))
     return 0

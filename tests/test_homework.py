@@ -316,8 +316,21 @@ def test_the_points_of_the_tests_are_those_of_the_table():
             found[call.func.attr] += call.keywords[0].value.value
     assert found == {name: question.points for name, question in QUESTIONS.items()}
     assert sum(q.points + q.by_hand for name, q in QUESTIONS.items() if name != "q8") == 100
-    for name, question in QUESTIONS.items():                           # and of the handout
-        assert f"({question.points + question.by_hand} points" in re.search(rf"^## {name}\b.*", homework.HANDOUT.read_text(), re.M)[0]
+
+
+def test_points_and_lines_of_the_handout():
+    handout = re.search(r"<!-- questions -->(.*)<!-- instructors -->", homework.HANDOUT.read_text(), re.S)[1]
+    sections = dict(re.findall(r"^## (q\d)\b(.*?)(?=^## |\Z)", handout, re.M | re.S))
+    assert sections.keys() == QUESTIONS.keys()
+    for name, question in QUESTIONS.items():
+        assert f"({question.points + question.by_hand} points" in sections[name] and " minutes. Hand in " in sections[name].replace("\n", " ")
+        assert all(f"`{file}`" in sections[name] for file in question.files)
+        assert all(part in sections[name] for part in ("*Hint.*", "*Low on resources?*")) and (name == "q8" or "*Numbers.*" in sections[name])
+        to_write = [line for file in CODE for b in blanks(REFERENCE[file]) if b.question == name
+                    for line in REFERENCE[file].splitlines()[b.first - 1 : b.last] if not line.strip().startswith("#")]
+        assert not to_write or f" {len(to_write)} lines, " in sections[name], f"{name}: {len(to_write)} lines"
+    (code,) = re.findall(r"```python\n(.*?)```", handout, re.S)
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.startswith(re.search(r"# (0\.\d+)\n", code)[1])
 
 
 def test_the_copy_is_the_project_less_the_solutions(copy):
@@ -332,6 +345,7 @@ def test_the_copy_is_the_project_less_the_solutions(copy):
         assert [ast.get_docstring(n) for n in homework.functions(ours).values()] == [ast.get_docstring(n) for n in homework.functions(theirs).values()]
         assert [ast.unparse(n.args) for n in homework.functions(ours).values()] == [ast.unparse(n.args) for n in homework.functions(theirs).values()]
     assert len(removed) > 50 and survivors(copy, removed) == []
+    assert "The first five minutes" in (copy / "README.md").read_text() and "solutions" not in (copy / "notebooks" / "homework.md").read_text()
     assert not any(line in path.read_text() for line in removed if len(line.strip()) >= 24 for path in copy.rglob("*.*"))
 
 
@@ -351,6 +365,16 @@ def test_questions_can_be_handed_out_solved(tmp_path):
         (tmp_path / "later" / file).read_text() for file in CODE))) == {"q1", "q2"}
     with pytest.raises(SystemExit, match="not empty"):
         make(tmp_path / "later")
+
+
+def test_each_question_can_be_done_alone(tmp_path):
+    """In a copy where nothing else is solved."""
+    jobs = []
+    for question in CODED:
+        make(tmp_path / question, solved=(question,))
+        jobs.append(dict(folder=str(tmp_path / question), question=question, seed=2))
+    results, ended, said = run_jobs(jobs, 120, tmp_path)
+    assert [points(result) for result in results] == [QUESTIONS[question].points for question in CODED], f"{ended}\n{said}"
 
 
 def test_the_untouched_copy_fails_every_question_with_its_hint(copy):
@@ -395,7 +419,7 @@ def test_the_command_gives_the_reference_full_marks(tmp_path):
     submission = submit(tmp_path / "reference")
     for path in homework.SOLUTIONS.iterdir():
         shutil.copy(path, submission)
-    results = grade(submission, list(QUESTIONS))
+    results = grade(submission, {name: question.seconds for name, question in QUESTIONS.items()})
     assert [test["score"] for test in results["tests"]] == [question.points for question in QUESTIONS.values()], results
     assert {test["status"] for test in results["tests"]} == {"passed"}
 
@@ -419,7 +443,7 @@ def test_a_submission_that_hangs_leaves_floods_or_does_not_parse(tmp_path):
     cosd = cosd.replace("    scored[:, :skip] = 0\n", "    import os; os._exit(0)\n")                                          # q2 leaves
     cosd = cosd.replace("                loss = (w * d).sum()", "                print('x' * 10**8)\n                loss = (w * d).sum()")  # q5 floods
     submission = submit(tmp_path / "submission", cosd=cosd, model=None, contexts=REFERENCE["contexts.py"].replace("def fill(", "def fill((", 1))
-    found = outcome(grade(submission, CODED, seconds={"q1": 8}))
+    found = outcome(grade(submission, dict.fromkeys(CODED, 60) | {"q1": 8}))
     line = REFERENCE["contexts.py"].splitlines().index(next(t for t in REFERENCE["contexts.py"].splitlines() if t.startswith("def fill("))) + 1
     assert found["q1"][0] == 0 and "longer than 8 seconds" in found["q1"][1]
     assert found["q2"][0] == 0 and "exit code 0" in found["q2"][1]
@@ -449,7 +473,7 @@ def test_a_submission_that_forges_raises_or_spoils(tmp_path):
     cosd = cosd.replace("                loss = (w * d).sum()", "                sys.exit(0)")                                    # q5
     model = changed("model.py", "            self.keys[layer][rows, :, slots]", "            del torch.Tensor.transpose\n            self.keys[layer][rows, :, slots]")
     contexts = "BROKEN = 1 / 0\n" + REFERENCE["contexts.py"]
-    found = outcome(grade(submit(tmp_path / "submission", cosd=cosd, model=model, contexts=contexts), CODED))
+    found = outcome(grade(submit(tmp_path / "submission", cosd=cosd, model=model, contexts=contexts), dict.fromkeys(CODED, 60)))
     assert 0 < found["q1"][0] < 15 and "later" in found["q1"][1]
     assert found["q2"][0] == 0 and "ended by itself" in found["q2"][1]
     assert found["q3"][0] < 15
@@ -462,14 +486,14 @@ def test_a_submission_that_forges_raises_or_spoils(tmp_path):
     (b"", "no function"), (b"def render(): pass\n" * 400_000, "larger than 4 MB")])
 def test_rubbish_is_refused_in_a_line(data, reason, tmp_path):
     (tmp_path / "contexts.py").write_bytes(data)
-    found = outcome(grade(tmp_path, ["q4"]))
+    found = outcome(grade(tmp_path, {"q4": 60}))
     assert found["q4"][0] == 0 and reason in found["q4"][1] and len(found["q4"][1].splitlines()) == 1
 
 
 def test_links_and_folders_are_no_files(tmp_path):
     (tmp_path / "contexts.py").symlink_to(ROOT / "contexts.py")
     (tmp_path / "model.py").mkdir()
-    found = outcome(grade(tmp_path, ["q3", "q4"]))
+    found = outcome(grade(tmp_path, {"q3": 60, "q4": 60}))
     assert found["q3"] == (0, "model.py is not a plain file") and found["q4"] == (0, "contexts.py is not a plain file")
 
 
@@ -534,4 +558,4 @@ def test_only_what_may_be_edited_is_taken(tmp_path):
     for name in ("conftest.py", "tests/conftest.py", "tests/test_questions.py", "sitecustomize.py", "pytest.py"):
         (submission / name).write_text("raise SystemExit")
     (submission / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--co'")
-    assert outcome(grade(submission, ["q4"]))["q4"][0] == 10
+    assert outcome(grade(submission, {"q4": 60}))["q4"][0] == 10
