@@ -316,6 +316,7 @@ def test_q3_samples_follow_the_distribution():
     (one, state), (again, _), (other, _) = draw(SEED), draw(SEED), draw(SEED + 1)
     assert torch.equal(one, again) and not torch.equal(one, other), "reproducible from the generator"
     assert not torch.equal(state, torch.Generator().manual_seed(SEED).get_state()), "the generator must move on"
+    assert draw(SEED, n=4, top_k=1)[0][0].tolist() == plain_rollout(model, prompt, 4), "top_k and top_p are handed on"
     before = torch.get_rng_state()
     pairs, _ = draw(SEED + 2, n=2)
     assert torch.equal(torch.get_rng_state(), before), "the global random state is not to be touched"
@@ -466,11 +467,16 @@ def test_q5_step_equals_its_definition(name, q5_alone):
 
 
 @pytest.mark.q5(points=1)
-def test_q5_imitation_needs_no_teacher(q5_alone):
-    student, batch = tiny_gpt(SEED), a_batch()
-    log, _ = a_step(student, None, batch, "cross_entropy")
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_q5_imitation_and_sums_of_objectives(chunk, q5_alone):
+    """Cross-entropy needs no teacher, and neither it nor a weighted sum goes by chunks: `chunk` is then left aside."""
+    (student, teacher), batch = two_models(), a_batch()
     logits = student.head(plain_states(student, batch.prompts, batch.completion, batch.mask))
-    assert log["loss"] == pytest.approx(F.cross_entropy(logits, batch.completion[batch.mask]).item(), rel=1e-5)
+    cross_entropy = F.cross_entropy(logits, batch.completion[batch.mask]).item()
+    log, _ = a_step(student, None, batch, "cross_entropy", chunk=chunk)
+    assert log["loss"] == pytest.approx(cross_entropy, rel=1e-5)
+    log, _ = a_step(student, teacher, batch, {"cross_entropy": 1.0, "forward_kl": 0.5}, chunk=chunk)
+    assert log["loss"] == pytest.approx(cross_entropy + 0.5 * by_definition(student, teacher, batch, plain_forward).item(), rel=1e-5)
 
 
 @pytest.mark.q5(points=2)
