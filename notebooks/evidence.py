@@ -27,6 +27,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,18 +283,19 @@ METHODS = {
     "SFT": (dict(method="sft"), (3e-5, 1e-4, 2e-4, 5e-4)),
     "SFT + replay": (dict(method="sft", anchors=0.5, replay="real"), (2e-4, 5e-4)),
     "SFT + proxy replay": (dict(method="sft", anchors=0.5, replay="proxy"), (2e-4, 5e-4)),
-    "SFT + KL to base": (dict(method="sft", base_kl=1.0), (2e-4, 5e-4)),
+    "SFT + ⅒ KL to base": (dict(method="sft", base_kl=0.1), (5e-4,)),
+    "SFT + KL to base": (dict(method="sft", base_kl=1.0), (5e-4,)),
     "ASFT": (dict(method="asft", base_kl=0.1), (2e-4, 5e-4)),
     "SFT, LoRA": (dict(method="sft", lora=8), (3e-4, 1e-3)),
     "SFT + anchors ½": (dict(method="sft", anchors=0.5), (5e-4,)),
-    "offline": (dict(method="offline", anchors=0.0), (5e-4,)),
-    "GKD": (dict(method="gkd", anchors=0.0, divergence="jsd"), (5e-4,)),
+    "offline": (dict(method="offline", anchors=0.0), (1e-4, 5e-4)),
+    "GKD": (dict(method="gkd", anchors=0.0, divergence="jsd"), (1e-4, 5e-4)),
     "COSD forward KL": (share(0.0), (1e-4, 5e-4)),
-    "COSD reverse KL": (share(0.0, divergence="reverse_kl"), (5e-4,)),
-    "COSD JSD": (share(0.0, divergence="jsd"), (5e-4,)),
-    "COSD sampled token": (share(0.0, divergence="policy_gradient"), (5e-4,)),
-    "COSD top 8 + tail": (share(0.0, divergence="reverse_kl", top_k=8), (5e-4,)),
-    "COSD, EMA teacher": (share(0.0, teacher="ema"), (5e-4,)),
+    "COSD reverse KL": (share(0.0, divergence="reverse_kl"), (1e-4, 5e-4)),
+    "COSD JSD": (share(0.0, divergence="jsd"), (1e-4, 5e-4)),
+    "COSD sampled token": (share(0.0, divergence="policy_gradient"), (1e-4, 5e-4)),
+    "COSD top 8 + tail": (share(0.0, divergence="reverse_kl", top_k=8), (1e-4, 5e-4)),
+    "COSD, EMA teacher": (share(0.0, teacher="ema"), (1e-4, 5e-4)),
     "COSD, live teacher": (share(0.0, teacher="live"), (5e-4,)),
     "COSD, LoRA": (share(0.0, lora=8), (1e-3,)),
     "COSD + anchors ¼": (share(0.25), (5e-4,)),
@@ -332,7 +334,7 @@ FUNCTIONS = dict(base=pretrain, forgetting=forgetting, recovery=recovery, contin
 
 
 def slug(job: dict) -> str:
-    return re.sub(r"[^\w.+-]+", "-", f"{job['experiment']}-{job['context']}-{job['name']}-seed{job['seed']}".replace("½", "half").replace("¼", "quarter"))
+    return re.sub(r"[^\w.+-]+", "-", f"{job['experiment']}-{job['context']}-{job['name']}-seed{job['seed']}".replace("½", "half").replace("¼", "quarter").replace("⅒", "tenth"))
 
 
 def do(job: dict, options: argparse.Namespace) -> None:
@@ -359,10 +361,10 @@ def done(job: dict, options: argparse.Namespace) -> dict | None:
 
 # ===================================================================================== 3. tables and figures
 COLORS = {"SFT": "#D55E00", "trust region": "#E69F00", "replay": "#F0E442", "off-policy": "#CC79A7", "COSD": "#0072B2", "anchors": "#009E73", "teacher": "#56B4E9"}
-FAMILY = {"SFT": "SFT", "SFT, LoRA": "SFT", "SFT + KL to base": "trust region", "ASFT": "trust region", "SFT + replay": "replay", "SFT + proxy replay": "replay",
+FAMILY = {"SFT": "SFT", "SFT, LoRA": "SFT", "SFT + ⅒ KL to base": "trust region", "SFT + KL to base": "trust region", "ASFT": "trust region", "SFT + replay": "replay", "SFT + proxy replay": "replay",
           "offline": "off-policy", "GKD": "off-policy", "SFT + anchors ½": "anchors", "COSD + anchors ¼": "anchors", "COSD + anchors ½": "anchors",
           "COSD, EMA teacher": "teacher", "COSD, live teacher": "teacher"}
-MARKERS = dict(zip(METHODS, "osvP^DXosDosv^P<>dpX*"))
+MARKERS = dict(zip(METHODS, "osvPp^DXosDosv^P<>dpX*"))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -390,13 +392,14 @@ def by(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
     figure, axes = plt.subplots(1, 4, figsize=(15, 5.2), sharey=True, constrained_layout=True)
-    rows, groups = [], by(records, "context", "method", "name")
+    rows, groups, short = [], by(records, "context", "method", "name"), {method: [method] for method in METHODS}
     for axis, (context, letter) in zip(axes, zip(TASKS, "ABCD")):
         teacher = statistics.fmean(n["teacher"] for key, runs in groups.items() if key[0] == context for n in runs)
         for method in METHODS:
             points = [(interval([n["curve"][i]["score"] for n in runs]), interval([n["curve"][i]["lost"] for n in runs]), runs, i)
                       for (c, m, _), runs in groups.items() if (c, m) == (context, method) for i in range(len(runs[0]["curve"]))]
             if not points:
+                short[method].append("")
                 continue
             color = COLORS[FAMILY.get(method, "COSD")]
             axis.errorbar([p[0][0] for p in points], [-p[1][0] for p in points], fmt=MARKERS[method], color=color, markeredgecolor="black", markeredgewidth=0.5,
@@ -404,15 +407,21 @@ def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
             enough = [p for p in points if p[0][0] >= 0.9 * teacher]
             _, _, runs, i = min(enough, key=lambda p: p[1][0]) if enough else max(points, key=lambda p: p[0][0])
             at = lambda key: [n["curve"][i][key] for n in runs]
+            short[method].append(show(at("lost"), 3) + ("" if enough else f" (score {statistics.fmean(at('score')):.2f})"))
             lr = next(name for (c, m, name), r in groups.items() if r is runs).rpartition("lr ")[2]
             rows.append([letter, method, lr, str(runs[0]["curve"][i]["step"]), show(at("score")), show(at("exact")), show(at("lost"), 3), show(at("drift"), 3),
                          show(at("drift_new")), show([n["seconds"] * n["curve"][i]["step"] / n["curve"][-1]["step"] for n in runs], 0), "" if enough else "never .9"])
         axis.axhline(0, color="black", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(title=f"{letter}  {context}", xlabel="new task: score, no context", xlim=(-0.05, 1.05))
+        axis.set_yscale("symlog", linthresh=0.02)                      # most of what matters is close to 0
+        axis.set_yticks([0, -0.01, -0.02, -0.05, -0.1, -0.2, -0.5, -1], ["0", "−.01", "−.02", "−.05", "−.1", "−.2", "−.5", "−1"])
+        axis.minorticks_off()
+        axis.set(title=f"{letter}  {context}", xlabel="new task: score, no context", xlim=(-0.05, 1.05), ylim=(-1.2, 0.01))
     axes[0].set_ylabel("old skills: change of exact match")
     figure.legend(loc="outside lower center", ncols=7, fontsize=8, frameon=False)
-    return table(["", "method", "lr", "steps", "score", "exact", "skills lost", "drift, old prompts", "KL, new prompts", "seconds", "note"], rows), figure
+    text = ("Old skills lost (mean change of exact match over five suites) at the point of a method's runs, over its learning rates and at half and full "
+            "length, that loses least while the new task scores at least .9 of the teacher; where none does, at its best score.\n\n")
+    return text + table(["method", *(f"{letter} {context}" for letter, context in zip("ABCD", TASKS))], list(short.values())) + "\n\n" + table(["", "method", "lr", "steps", "score", "exact", "skills lost", "drift, old prompts", "KL, new prompts", "seconds", "note"], rows), figure
 
 
 def razor_points(records: list[dict]) -> list[dict]:
@@ -434,12 +443,13 @@ def razor_page(records: list[dict], plt) -> tuple[str, object]:
         for context, color, marker in zip(TASKS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^"):
             own = [p for p in points if p["context"] == context]
             axis.plot([p[key] for p in own], [p["lost"] for p in own], marker, color=color, markersize=3.5, alpha=0.7, label=context)
-        axis.set(xlabel=f"KL(base‖tuned), nats per token, {label}", xscale="symlog")
+        axis.set(xlabel=f"KL(base‖tuned), nats per token, {label}")
+        axis.set_xscale("symlog", linthresh=0.01)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("old skills lost (exact match)")
     axes[0].legend(frameon=False, fontsize=8)
-    for context in ("all", *TASKS):
-        own = [p for p in points if context in ("all", p["context"])]
+    for context in ("all", "all but live teachers", *TASKS):
+        own = [p for p in points if context in ("all", p["context"]) or (context == "all but live teachers" and p["method"] != "COSD, live teacher")]
         y = np.array([p["lost"] for p in own])
         fits = []
         for key in ("drift_new", "drift"):
@@ -538,7 +548,7 @@ def modes_page(records: list[dict], plt) -> tuple[str, object]:
             mean = statistics.fmean(n[key] for n in runs)
             axes[2].bar(i, mean, bottom=bottom, color=color, label=key if not i else None)
             bottom += mean
-    axes[2].set(title="In the world: two demonstrations that disagree", ylabel="share of 16 samples", xticks=range(len(bars)), xticklabels=[n.replace("_", "\n") for n in bars])
+    axes[2].set(title="In the world: two demonstrations that disagree", ylabel="share of 16 samples", xticks=range(len(bars)), xticklabels=[n.replace("_", "\n") for n in bars], ylim=(0, 1.35))
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -561,20 +571,23 @@ def quality_page(records: list[dict], plt) -> tuple[str, object]:
 
 
 def rote_page(records: list[dict], plt) -> tuple[str, object]:
+    """Each method at its highest learning rate."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    rows = []
-    for axis, context in zip(axes, ("specification", "privileged")):
-        groups = {key: runs for key, runs in by(records, "context", "method", "name").items() if key[0] == context}
-        for (_, method, name), runs in groups.items():
-            sets = {**runs[0]["beyond"]} | ({"held out": 0} if context == "specification" else {})
-            values = {s: [n["beyond"].get(s, n["score"]) for n in runs] for s in sets}
-            rows.append([context, name, *(f"{s}: {show(v)}" for s, v in values.items()), *[""] * (4 - len(values))])
-            if name.endswith("lr 0.0005") and method in ("SFT", "ASFT", "offline", "COSD forward KL", "COSD + anchors ½"):
-                axis.plot(list(values), [statistics.fmean(v) for v in values.values()], marker=MARKERS[method], color=COLORS[FAMILY.get(method, "COSD")], label=method)
-        axis.set(title={"specification": "B: items trained on and held out", "privileged": "D: trained on chains of 2 and 3 verbs"}[context], ylabel="score, no context", ylim=(0, 1.05))
+    sets, rows = {"specification": ["trained", "held out"], "privileged": [f"{n} verbs" for n in (2, 3, 4, 5)]}, []
+    for method, (_, rates) in METHODS.items():
+        row = [method, f"{rates[-1]:g}"]
+        for axis, (context, names) in zip(axes, sets.items()):
+            runs = by(records, "context", "method", "name").get((context, method, f"{method}, lr {rates[-1]:g}"), [])
+            values = [[n["beyond"].get(name, n["score"]) for n in runs] for name in names]
+            row += [show(v) if v else "" for v in values]
+            if runs and method in ("SFT", "SFT + replay", "offline", "COSD forward KL", "COSD + anchors ½"):
+                axis.plot(names, [statistics.fmean(v) for v in values], marker=MARKERS[method], color=COLORS[FAMILY.get(method, "COSD")], label=method)
+        rows.append(row)
+    for axis, title in zip(axes, ("B: items trained on, and held out", "D: trained on chains of 2 and 3 verbs")):
+        axis.set(title=title, ylabel="score, no context", ylim=(0, 1.05))
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(frameon=False, fontsize=8)
-    return table(["type", "method", "", "", "", ""], rows), figure
+    return table(["method", "lr", *(f"{letter}: {name}" for letter, names in zip("BD", sets.values()) for name in names)], rows), figure
 
 
 def straight_page(records: list[dict], plt) -> tuple[str, object]:
@@ -636,7 +649,7 @@ EXPERIMENTS = {
 def commit() -> str:
     git = lambda *what: subprocess.run(["git", "-C", str(ROOT), *what], capture_output=True, text=True)
     head = git("rev-parse", "--short", "HEAD")
-    return head.stdout.strip() + ("+" if git("status", "--porcelain").stdout.strip() else "") if head.returncode == 0 else "unknown"
+    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "") if head.returncode == 0 else "unknown"
 
 
 def write_page(name: str, records: list[dict], options: argparse.Namespace) -> None:
@@ -689,7 +702,9 @@ def main(argv: list[str] | None = None) -> int:
                     future.result()
                     bar.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)         # what is done is kept: the same command goes on
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in active_children():                       # results are written whole or not at all
+                    worker.kill()
                 raise
     records = {source: [done(job, options) for job in own] for source, own in jobs.items()}
     index = [json.loads(path.read_text()) for path in sorted((options.out / "runs").glob("*.json"))]
@@ -702,4 +717,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # as Ctrl-C: the workers must not outlive this process
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)

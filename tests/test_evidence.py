@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,19 @@ def test_alien_demonstrations_are_right_and_alien():
     assert all(pirate.score(r["demonstration"], r) for r in rows("pirate-alien.jsonl"))
     for alien, plain in zip(rows("plurals-alien.jsonl"), rows("plurals.jsonl"), strict=True):
         assert alien["prompt"] == plain["prompt"] and alien["answer"] == plain["answer"] and plain["answer"] in alien["demonstration"] != plain["answer"]
+
+
+def test_kill_takes_the_workers_along_and_keeps_what_is_done(tmp_path):
+    command = [sys.executable, ROOT / "notebooks/evidence.py", "modes", "--smoke", "--seeds", "3", "--jobs", "1", "--out", tmp_path, "--model", tmp_path / "none"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    runs, deadline = tmp_path / "runs", time.time() + 120
+    while not list(runs.glob("modes*")) and running.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    running.terminate()
+    assert "the same command goes on" in running.communicate(timeout=30)[1] and running.returncode == 130
+    kept = set(runs.glob("*.json"))
+    time.sleep(2)                                                                                    # a worker left behind would go on
+    assert 3 < len(kept) < 15 and set(runs.glob("*.json")) == kept and all(json.loads(path.read_text())["numbers"] for path in kept)
 
 
 def test_unknown_experiment():

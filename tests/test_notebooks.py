@@ -1,0 +1,88 @@
+"""The notebooks: what is committed is what the sources say, it ran to its end, and the sources run as plain scripts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+import build
+
+SOURCES = sorted(NOTEBOOKS.glob("0*.py"))
+# Those that need the pretrained base take minutes where it does not exist yet (it is looked for in out/, or in $COSD_BASES).
+RUNS = [pytest.param(s, marks=[pytest.mark.slow] if re.search("get_base|SmolLM2", s.read_text()) else []) for s in SOURCES]
+name_of = lambda source: source.stem
+
+
+def committed(source):
+    return json.loads(source.with_suffix(".ipynb").read_text())["cells"]
+
+
+def said(cell):
+    """What a cell's outputs say in words; pictures only by name, their pixels depend on matplotlib's version."""
+    return ["".join(o["text"]) if "text" in o else sorted(o["data"]) if "image/png" in o["data"] else o["data"] for o in cell["outputs"]]
+
+
+def test_percent_format():
+    text = "# %% [markdown]\n# # Title\n#\n# Text.\n\n# %%\n# a comment\nx = 1\n\n\n# %% tags=[\"timing\"]\ny = 2\n"
+    assert [(c["type"], c["tags"], c["source"]) for c in build.cells(text)] == [
+        ("markdown", [], "# Title\n\nText."), ("code", [], "# a comment\nx = 1"), ("code", ["timing"], "y = 2")]
+    for bad in ("x = 1\n", "# %% [Markdown]\n# text\n", "# %%\nx = 1\n# %%timing\n"):
+        with pytest.raises(ValueError, match="not a cell header"):
+            build.cells(bad)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_notebook_is_its_source_executed(source):
+    made = committed(source)
+    assert [(c["cell_type"], c["metadata"].get("tags", []), "".join(c["source"])) for c in made] == [
+        (c["type"], c["tags"], c["source"]) for c in build.cells(source.read_text())]
+    code = [c for c in made if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    outputs = [o for c in code for o in c["outputs"]]
+    assert all(o["output_type"] != "error" and o.get("name") != "stderr" for o in outputs)
+    assert source.with_suffix(".ipynb").stat().st_size <= 500_000
+    texts = json.dumps([[c["source"] for c in made], [said(c) for c in code]])
+    assert not re.search(r"(?<![\w./])(/(home|root|tmp|work|usr|Users|content)/|[A-Z]:\\\\)", texts)
+    assert not {"execution", "papermill"} & {key for c in made for key in c["metadata"]}             # no timestamps
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_code_cells_are_small(source):
+    for cell in build.cells(source.read_text()):
+        lines = cell["source"].splitlines()
+        assert cell["type"] == "markdown" or (len(lines) <= 27 and max(map(len, lines)) <= 120), cell["source"]
+
+
+def test_all_begin_alike_and_leave_a_thumbnail():
+    setups = {next(c["source"] for c in build.cells(s.read_text()) if c["type"] == "code") for s in SOURCES}
+    assert len(setups) == 1 and "REPOSITORY" in setups.pop()
+    for source in SOURCES:
+        assert (NOTEBOOKS / "results" / "thumbnails" / f"{source.stem[:2]}.png").stat().st_size <= 30_000
+
+
+@pytest.mark.parametrize("source", RUNS, ids=name_of)
+def test_source_runs_as_a_script(source, request):
+    """What they claim they assert. 05 trains, exports and talks to SmolLM2: some four minutes."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("IPython")
+    if "SmolLM2" in source.read_text():
+        request.getfixturevalue("smollm2")
+    done = subprocess.run([sys.executable, source.name], cwd=NOTEBOOKS, env=os.environ | {"MPLBACKEND": "Agg"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rebuild_says_the_same():
+    """The cheapest notebook, executed anew; cells tagged "timing" may differ."""
+    pytest.importorskip("nbclient")
+    text, thumbnail = build.execute(SOURCES[0])
+    pairs = list(zip(json.loads(text)["cells"], committed(SOURCES[0]), strict=True))
+    assert thumbnail and all(a["id"] == b["id"] for a, b in pairs)
+    for new, old in pairs:
+        if new["cell_type"] == "code" and "timing" not in new["metadata"].get("tags", []):
+            assert said(new) == said(old)
