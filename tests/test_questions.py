@@ -544,7 +544,8 @@ def settings():
     assert isinstance(chosen, dict) and chosen.keys() <= FIELDS, f"q6.json is an object with fields among {', '.join(sorted(FIELDS))}"
     assert all(chosen.get(name, 1) <= most for name, most in LARGEST.items()), f"at most {LARGEST}"
     assert chosen.get("method", "cosd") != "all"
-    return {"method": "cosd"} | chosen
+    numbers = {name: float(chosen[name]) for name in ("lr", "anchors") if isinstance(chosen.get(name), int)}       # JSON's 0 is 0.0
+    return {"method": "cosd"} | chosen | numbers
 
 
 @pytest.mark.q6(points=1)
