@@ -101,7 +101,7 @@ def decode(ids: list[int]) -> str:
     return ENCODING.decode(ids)
 
 
-def render(context: str | None, prompt: str) -> list[int]:
+def render(context: str | None, prompt: str) -> list[int]:  # q4: [SYSTEM, C,] USER, x, ASSISTANT
     """The prompt's tokens for student (context None) and teacher alike: both end with the same assistant header."""
     system = [] if context is None else [SYSTEM, *encode(context)]
     return system + [USER, *encode(prompt), ASSISTANT]
@@ -563,7 +563,7 @@ def teacher_turns(row: dict, context: list[dict], template: str | None, shots: l
     context, own = ([turn for turn in turns if turn["role"] != "system"] for turns in (context, own))
     if template and "{context}" in template:                                         # example turns alone: the instruction alone
         system = fill(template, {"context": system}).strip()
-    system = [text for text in (system, own_system) if text]
+    system = [text for text in (system, own_system) if text]  # q4: turns in the order system, context, shots, own; x and shots dressed
     turns = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     turns += context
     dressed = lambda prompt, row: fill(template, {

@@ -39,11 +39,11 @@ def log_softmax_pair(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Te
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} "
                          "must have the same shape")
-    at_least_fp32 = torch.promote_types(student_logits.dtype, torch.float32)
+    at_least_fp32 = torch.promote_types(student_logits.dtype, torch.float32)  # q1: logits are not log-probabilities; who gets gradient?
     return student_logits.log_softmax(-1, dtype=at_least_fp32), teacher_logits.detach().log_softmax(-1, dtype=at_least_fp32)
 
 
-def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:  # q1: where a is 0, log a is no number to multiply, forward or backward
     """KL(a‖b) = Σ_v a_v (log a_v − log b_v) from log-probabilities, (..., V) -> (...).
 
     0·log 0 = 0: where a is 0 (or underflows to it) a token contributes nothing, value or gradient, even if b is 0 too.
@@ -65,7 +65,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     The lecture's example, teacher P = (mat .7, floor .2, chair .1), student Q = (.5, .3, .2), as forward_kl(Q.log(), P.log()):
       .7 log(.7/.5) + .2 log(.2/.3) + .1 log(.1/.2) = .2355 − .0811 − .0693 = .0851 nats
     """
-    log_q, log_p = log_softmax_pair(student_logits, teacher_logits)
+    log_q, log_p = log_softmax_pair(student_logits, teacher_logits)  # q1: one call of kl; the average is the teacher's
     return kl(log_p, log_q)
 
 
@@ -80,7 +80,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     The same P, Q:  .5 log(.5/.7) + .3 log(.3/.2) + .2 log(.2/.1) = −.1682 + .1216 + .1386 = .0920 nats
     """
-    log_q, log_p = log_softmax_pair(student_logits, teacher_logits)
+    log_q, log_p = log_softmax_pair(student_logits, teacher_logits)  # q1: one call of kl; the average is the student's
     return kl(log_q, log_p)
 
 
@@ -102,7 +102,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
     """
     if not 0 < beta < 1:
         raise ValueError(f"jsd: beta={beta} must lie strictly between 0 and 1; use forward_kl or reverse_kl for the ends")
-    log_q, log_p = log_softmax_pair(student_logits, teacher_logits)
+    log_q, log_p = log_softmax_pair(student_logits, teacher_logits)  # q1: log M by torch.logaddexp, which has a NaN gradient at (−inf, −inf)
     neither = log_q.isneginf() & log_p.isneginf()                      # logaddexp(−inf, −inf) has a NaN gradient
     log_p_safe, log_q_safe = log_p.masked_fill(neither, 0), log_q.masked_fill(neither, 0)
     log_m = torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta))
@@ -316,7 +316,7 @@ def completion_states(
         looked_up = model.embed(torch.cat([torch.tensor(common, device=ids.device), ids.flatten()]))
         first, embedded = looked_up[None, : len(common)], looked_up[len(common) :].view(*ids.shape, -1)
         prefix = model.read(common, first)
-    cache = KVCache(model.config, *ids.shape, prefix) if prefix else None
+    cache = KVCache(model.config, *ids.shape, prefix) if prefix else None  # q2: from all states of ids, those that predict the completion
     row, j = mask.nonzero(as_tuple=True)                               # (n,), (n,)
     start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)
     return model.hidden(ids, cache, embedded)[row, start[row] + j]     # (n, D)
@@ -332,7 +332,7 @@ def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tens
     """
     if reduction not in ("token", "sequence") or skip < 0:
         raise ValueError(f"token_weights: reduction={reduction!r} must be 'token' or 'sequence' and skip={skip} not negative")
-    scored = mask.float()
+    scored = mask.float()  # q2: leave out what `skip` says, then divide: by what?
     scored[:, :skip] = 0
     if reduction == "token":
         return scored / scored.sum().clamp(min=1)
@@ -383,7 +383,7 @@ def cosd_step(
     next step. `chunk` bounds the rows of logits held at once (divergences only).
     """
     # 1. Rollout: the student answers x, without C, at temperature T.
-    if batch.completion is None:
+    if batch.completion is None:  # q5: into batch.completion and batch.mask
         with autocast():
             batch.completion, batch.mask = student.generate(
                 batch.prompts, max_new_tokens, temperature=temperature, eos=eos, generator=generator)          # (B, N)
@@ -391,7 +391,7 @@ def cosd_step(
     logs = []
     for rows, part in batch.split(micro_batch):
         w, tokens = weights[rows][part.mask], part.completion[part.mask]                                        # (n,), (n,)
-        with autocast():
+        with autocast():  # q5: h_s, h_t and d for every token, then the loss; with a chunk, by chunked_divergence
             # 2. Score: the same completion tokens under (x) with gradient, and under (C, x) without.
             h_s = completion_states(student, part.prompts, part.completion, part.mask)                          # (n, D)
             h_t = teacher.states(part.teacher_prompts, part.completion, part.mask) if teacher else None         # (n, D)

@@ -139,10 +139,10 @@ class KVCache:
             if self.keys[layer] is None:
                 shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
                 self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)  # q3: k and v go into self.keys and self.values of this layer
             self.keys[layer][rows, :, slots] = k.transpose(1, 2)       # (B, T, K, E)
             self.values[layer][rows, :, slots] = v.transpose(1, 2)
-        keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+        keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]  # q3: which slots may a query see?
         visible = torch.arange(self.used, device=k.device) <= slots[..., None]   # (B, T, S)
         if self.prefix is None:
             grouped = q.shape[1] != k.shape[1]
@@ -408,7 +408,7 @@ class GPT(nn.Module):
                 cache = prefix.spread(B, prefix.used + L + max_new_tokens)
             else:
                 cache = KVCache(self.config, B, L + max_new_tokens, prefix)
-            start = cache.length.to(device)
+            start = cache.length.to(device)  # q3: read the prompts at once, forget the padding, then write a token at a time
             h = self.hidden(ids, cache)[torch.arange(B, device=device), lengths - 1][:, None]   # (B, 1, D) at each last token
             cache.length = start + lengths                             # the padding is forgotten: its slots will be overwritten
             running = torch.ones(B, dtype=torch.bool, device=device)
