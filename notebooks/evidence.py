@@ -571,7 +571,7 @@ def quality_page(records: list[dict], plt) -> tuple[str, object]:
     for (context, name), runs in groups.items():
         (x, dx), (y, dy) = (interval([n[key] for n in runs]) for key in ("teacher", "student"))
         axis.errorbar(x, y, dy, dx, fmt="s" if name.startswith("weak") else "o", color=dict(zip(TASKS, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))[context], capsize=2)
-        axis.annotate(name.replace("demonstrations ", "").replace(f", {context}", ""), (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
+        axis.annotate(name.replace("demonstrations ", "").replace(f", {context}", ""), (x, y), textcoords="offset points", xytext=(6, 6 if name.startswith("weak") else -10), fontsize=8)
         rows.append([context, name, *(show([n[key] for n in runs]) for key in ("teacher", "student", "lost"))])
     axis.set(xlabel="teacher's score, in its worse context", ylabel="student's score after COSD", xlim=(-0.05, 1.1), ylim=(-0.05, 1.1))
     axis.spines[["top", "right"]].set_visible(False)
