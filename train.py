@@ -129,7 +129,8 @@ class Config:
         for name, value in asdict(self).items():
             if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
                 raise BadInput(f"--{name} {value!r} is not a choice; choose from {', '.join(get_args(hints[name]))}")
-            if isinstance(value, int) and not isinstance(value, bool) and hints[name] is not float and value < lowest.get(name, 1):
+            whole = isinstance(value, int) and not isinstance(value, bool) and float not in (hints[name], *get_args(hints[name]))
+            if whole and value < lowest.get(name, 1):
                 raise BadInput(f"--{name} {value} must be at least {lowest.get(name, 1)}")
         for name, high in dict(gkd_lambda=1, ema_rate=1, temperature=100, lr=10, pretrain_lr=10, anchors=1, base_kl=1000).items():
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= high:
@@ -324,6 +325,8 @@ def optimize(
             ema.load_state_dict(state["ema"])
         if teacher:
             teacher.prefix = None                                      # read before these weights were loaded
+        if start >= steps:                                             # complete: nothing is written, so a base may be shared
+            return
         rows = metrics.read_text().splitlines() if metrics.exists() else []
         metrics.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] < start))
     else:

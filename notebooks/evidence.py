@@ -623,7 +623,7 @@ def real_page(records: list[dict], plt) -> tuple[str, object]:
     for i, (name, runs) in enumerate(groups.items()):
         change = lambda after, before: [n[after] - n[before] for n in runs]
         moved = {other: [n["others after"][other] - n["others before"][other] for n in runs] for other in others}
-        rows.append([name, *("" if runs[0][key] is None else show([n[key] for n in runs])
+        rows.append([name, *("" if runs[0][key] is None or (key == "teacher" and name.endswith("SFT")) else show([n[key] for n in runs])
                              for key in ("teacher", "before", "after", "exact", "perplexity_before", "perplexity_after")),
                      *(show(values) for values in moved.values()), show([n["drift_new"] for n in runs], 3), show([n["seconds"] for n in runs], 0)])
         color = "#0072B2" if name.endswith("COSD") else "#D55E00"

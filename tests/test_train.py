@@ -532,3 +532,19 @@ def test_drift_by_hand(out):
     drift = train.drift(live(base), live(tuned), examples, cfg, chat)
     assert drift == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
     assert train.drift(live(base), live(tuned), examples, replace(cfg, chunk=5), chat) == pytest.approx(drift, rel=1e-5)
+
+
+def test_a_complete_base_is_only_read(reference, tmp_path):
+    """Several programs may share a folder of bases."""
+    cfg = smoke(tmp_path, bases=str(reference[0]))
+    folder = next(reference[0].glob("base-*"))
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    train.get_base(cfg, *train.resolve_device(cfg))
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+
+def test_a_share_may_be_a_whole_number():
+    """From JSON or a notebook 0 is an int; `anchors` and `base_kl` are shares, not counts."""
+    assert Config(anchors=0, method="cosd").for_method("cosd").n_anchors == 0 and Config(base_kl=0).base_kl == 0
+    with pytest.raises(contexts.BadInput, match="--steps 0 must be at least 1"):
+        Config(steps=0)
