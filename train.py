@@ -888,13 +888,10 @@ def report(results: list[dict], out: Path) -> str:
 def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
     """What was learned; what was forgotten, at home and under other contexts. Error bars: standard deviation over seeds."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure                           # not pyplot: a notebook's own pictures stay as they are
     except ImportError:
         print("No figure: matplotlib is not installed (it comes with the extra [notebooks]).")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names, methods = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
     letters = dict(zip(TASKS, "ABCD"))
     colors = dict(zip(METHODS, ["#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"]))          # Okabe-Ito: colour-blind safe
@@ -908,8 +905,8 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
               ("Forgotten: unrelated text", "perplexity", around("perplexity after", "perplexity before", ""))]
     read = lambda name, method, column: [COLUMNS[column][0](r) for r in groups.get((name, method), [])] or [math.nan]
     panels = [panel for panel in panels if not all(math.isnan(read(name, *bar[2:])[0]) for name in names for bar in panel[2])]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), width_ratios=[3, *[2] * (len(panels) - 1)], constrained_layout=True,
-                                squeeze=False)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), width_ratios=[3, *[2] * (len(panels) - 1)], squeeze=False)
     for axis, (title, ylabel, shown) in zip(axes[0], panels):
         width = 0.8 / len(shown)
         for i, (label, color, method, column) in enumerate(shown):
@@ -928,7 +925,6 @@ def draw_figure(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
             axis.set_ylim(min(-0.1, *(v for name in names for m in methods for c in ("prior", "steerability") for v in read(name, m, c))) * 1.1, 0.05)
     axes[0, 0].legend(fontsize=8, ncols=2, frameon=False, loc="upper center")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ================================================================================================= 8. the whole

@@ -505,7 +505,8 @@ def test_table_gives_mean_and_standard_deviation_over_seeds(out):
 
 
 def test_without_matplotlib_there_is_no_figure_but_everything_else(reference, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     train.report(reference[1]["results"], tmp_path)
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert {f.name for f in tmp_path.iterdir()} == {"results.json", "results.md"}
@@ -548,3 +549,10 @@ def test_a_share_may_be_a_whole_number():
     assert Config(anchors=0, method="cosd").for_method("cosd").n_anchors == 0 and Config(base_kl=0).base_kl == 0
     with pytest.raises(contexts.BadInput, match="--steps 0 must be at least 1"):
         Config(steps=0)
+
+
+def test_a_figure_leaves_the_notebook_its_own_backend(reference, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("svg")
+    train.report(reference[1]["results"], tmp_path)
+    assert matplotlib.get_backend() == "svg" and (tmp_path / "figure.png").stat().st_size > 1000
