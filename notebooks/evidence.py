@@ -324,12 +324,12 @@ def jobs_of(experiment: str, seed: int, smoke: bool = False) -> list[dict]:
         return [job("SFT, then the original as teacher", "demonstrations", TWO["SFT"])]
     if experiment == "continual":
         more = {"COSD, lr 1e-4": share(0.0, lr=1e-4), "SFT + replay": dict(method="sft", lr=5e-4, anchors=0.5, replay="real")}
-        return [job(name, "demonstrations", settings) for name, settings in (TWO | more).items()] + [
-            job("COSD + anchors, earlier verbs too", "demonstrations", TWO["COSD + anchors ½"], rehearse=True)]
+        plain = [job(name, "demonstrations", settings) for name, settings in (TWO | more).items()]
+        return plain[: 1 if smoke else None] + [job("COSD + anchors, earlier verbs too", "demonstrations", TWO["COSD + anchors ½"], rehearse=True)]
     if experiment == "modes":
         return [job(name, "demonstrations", share(0.0, divergence=name, lr=5e-4)) for name in (*DIVERGENCES, "policy_gradient")]
     if experiment == "quality":
-        return [job(how, context, share(0.0, lr=5e-4), how=how) for context, how in WORSE] + [
+        return [job(how, context, share(0.0, lr=5e-4), how=how) for context, how in (WORSE[2::2] if smoke else WORSE)] + [
             job(f"weak base, {context}", context, share(0.0, lr=5e-4, pretrain_steps=WEAK), how="") for context in ("demonstrations", "privileged")]
     if experiment == "straight":
         return [job(name, "demonstrations", settings) for name, settings in TWO.items()]
