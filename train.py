@@ -74,7 +74,7 @@ class Config:
     gkd_lambda: float = 0.5                # share of on-policy steps under gkd
     base_kl: float | None = None           # λ of the KL to the base on SFT's own tokens; default 0, for asft 0.1
     anchors: float | None = None           # share of the batch under other contexts; default 0.5, for sft and --model 0
-    replay: Literal["self", "real", "proxy"] = "self"          # the anchors: KL to the base on own answers; or cross-entropy on the pretraining data's, on another corpus's
+    replay: Literal["self", "real", "proxy"] = "self"          # of the anchors: own answers, KL to the base; or a corpus's, cross-entropy
     steps: int | None = None               # default 250, with --model 40
     batch: int | None = None               # default 64, with --model 8
     micro_batch: int = 0                   # 0: the whole batch at once; the result does not depend on it

@@ -1,6 +1,6 @@
 """The evidence: what each way of fine-tuning learns, and what it forgets. One experiment a claim, one command for all.
 
-    python notebooks/evidence.py                          everything, on two cores within the hour
+    python notebooks/evidence.py                          everything: 510 runs, an hour or two on two cores
     python notebooks/evidence.py forgetting razor         some of it: the names below
     python notebooks/evidence.py --seeds 5 --jobs 4       more seeds, more cores (one process a core)
     python notebooks/evidence.py --smoke                  every code path in a minute, learning nothing
@@ -41,8 +41,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")                          # one process a core is faster than one on all
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
 import torch
@@ -63,7 +61,7 @@ SMOKE = dict(pretrain_steps=20, pretrain_batch=16, d_model=32, n_layer=2, steps=
 
 # ================================================================================================ 1. what a job does
 def config(job: dict, options: argparse.Namespace, **more) -> Config:
-    settings = WORLD | job["settings"] | more | (SMOKE if options.smoke else {})
+    settings = job["scale"] | job["settings"] | more | (SMOKE if options.smoke else {})
     if options.smoke and job["settings"].get("pretrain_steps"):
         settings["pretrain_steps"] = 10
     settings |= dict(context=job["context"], seed=job["seed"], device="cpu", bases=str(options.bases), out=str(options.out / "work" / slug(job)))
@@ -140,6 +138,11 @@ def recovery(job: dict, options: argparse.Namespace) -> dict:
 STAGES = [("zorp", "reverse", "verily {} methinks"), ("blick", "rotate", "hark {} quoth bede"), ("wug", "stretch", "behold {} indeed")]
 
 
+def rehearse(rng: random.Random, earlier: list, other) -> Example:
+    """Every second anchor asks for an earlier verb, without context."""
+    return replace(rng.choice(earlier)(rng, heldout=False), context=None) if earlier and rng.random() < 0.5 else other(rng)
+
+
 def continual(job: dict, options: argparse.Namespace) -> dict:
     """Three new verbs in a row, each stage starting from the last one's weights; the teacher is the model as the stage found it."""
     cfg = config(job, options)
@@ -148,12 +151,8 @@ def continual(job: dict, options: argparse.Namespace) -> dict:
     heldout = [[draw(seeded(job["seed"], "continual", i, j), heldout=True) for j in range(cfg.eval_size)] for i, draw in enumerate(draws)]
     base_skills, rows = train.skills(student, task, cfg), []
     for stage, draw in enumerate(draws):
-        def rehearse(rng: random.Random) -> Example:                   # every other anchor asks for an earlier verb, without context
-            if not stage or rng.random() < 0.5:
-                return task.draw_anchor(rng)
-            return replace(rng.choice(draws[:stage])(rng, heldout=False), context=None)
-
-        now = replace(task, draw=partial(draw, heldout=False), heldout=heldout[stage], draw_anchor=rehearse if job.get("rehearse") else task.draw_anchor)
+        anchor = partial(rehearse, earlier=draws[:stage], other=task.draw_anchor) if job.get("rehearse") else task.draw_anchor
+        now = replace(task, draw=partial(draw, heldout=False), heldout=heldout[stage], draw_anchor=anchor)
         numbers, student, *_ = learn(job, options, now, student)
         grades = [evaluate(student, examples, False, cfg, task) for examples in heldout]
         rows.append({"score": [g["score"] for g in grades], "exact": [g["exact"] for g in grades], "lost": lost(base_skills, numbers["skills"])})
@@ -220,25 +219,32 @@ def quality(job: dict, options: argparse.Namespace) -> dict:
     return {"teacher": numbers["teacher"], "student": numbers["score"], "lost": numbers["lost"]}
 
 
+@torch.no_grad()
+def blend(base: GPT, tuned: GPT, alpha: float) -> GPT:
+    """(1 − α) base + α tuned, weight by weight."""
+    between, theirs = copy.deepcopy(base), dict(tuned.named_parameters())
+    for name, parameter in between.named_parameters():
+        parameter.lerp_(theirs[name], alpha)
+    return between
+
+
 def straight(job: dict, options: argparse.Namespace) -> dict:
     """Scores and losses at (1 − α) base + α tuned."""
     numbers, student, base, task, cfg = learn(job, options)
-    between, ends = copy.deepcopy(base), [dict(m.named_parameters()) for m in (base, student)]
     old = [contexts.draw_pretraining(seeded(job["seed"], "old", i), heldout=True) for i in range(4 * cfg.eval_size)]
 
     @torch.no_grad()
-    def loss(examples: list[Example], text) -> float:
+    def loss(between: GPT, examples: list[Example]) -> float:
         prompts = [task.chat.render(e.context, e.prompt) for e in examples]
-        ids, mask = train.completions(task.chat, [text(e) for e in examples], between.device)
+        ids, mask = train.completions(task.chat, [e.answer for e in examples], between.device)
         h = completion_states(between, prompts, ids, mask)
         return torch.nn.functional.cross_entropy(between.head(h), ids[mask]).item()
 
     rows, before = [], train.skills(base, task, cfg)
     for alpha in [i / 6 for i in range(8)]:                            # and a step beyond
-        for name, parameter in between.named_parameters():
-            parameter.data = torch.lerp(ends[0][name].detach(), ends[1][name].detach(), alpha)
+        between = blend(base, student, alpha)
         rows.append({"alpha": alpha, "score": evaluate(between, task.heldout, False, cfg, task)["score"], "lost": lost(before, train.skills(between, task, cfg)),
-                     "loss on old data": loss(old, lambda e: e.answer), "loss on the new task": loss([replace(e, context=None) for e in task.heldout], lambda e: e.answer)})
+                     "loss on old data": loss(between, old), "loss on the new task": loss(between, [replace(e, context=None) for e in task.heldout])})
     return {"line": rows}
 
 
@@ -313,8 +319,10 @@ WORSE = [("demonstrations", "demonstrations ++"), ("demonstrations", "demonstrat
 WEAK = 600                                                             # pretraining steps of the weaker base
 
 
-def jobs_of(experiment: str, seed: int, smoke: bool = False) -> list[dict]:
-    job = lambda name, context, settings, **more: dict(experiment=experiment, name=name, context=context, seed=seed, settings=settings) | more
+def jobs_of(experiment: str, seed: int, smoke: bool = False, bf16: bool = False) -> list[dict]:
+    """A run that was made from another job, or at another scale, does not count as done."""
+    scale = SMOKE if smoke else WORLD
+    job = lambda name, context, settings, **more: dict(experiment=experiment, name=name, context=context, seed=seed, settings=settings, scale=scale) | more
     if experiment == "base":
         return [job("base", "demonstrations", {}), job("weak base", "demonstrations", dict(pretrain_steps=WEAK))]
     if experiment == "forgetting":
@@ -334,7 +342,7 @@ def jobs_of(experiment: str, seed: int, smoke: bool = False) -> list[dict]:
     if experiment == "straight":
         return [job(name, "demonstrations", settings) for name, settings in TWO.items()]
     if experiment == "real":
-        return [job(f"{task}, {name}", task, dict(method=method)) for task in ("pirate", "plurals") for name, method in (("COSD", "cosd"), ("SFT", "sft"))]
+        return [job(f"{task}, {name}", task, dict(method=method), bf16=bf16) for task in ("pirate", "plurals") for name, method in (("COSD", "cosd"), ("SFT", "sft"))]
     return []                                                          # razor and rote read the runs of forgetting
 
 
@@ -351,8 +359,7 @@ def do(job: dict, options: argparse.Namespace) -> None:
     path, began, log = record(job, options), time.perf_counter(), options.out / "work" / f"{slug(job)}.log"
     shutil.rmtree(options.out / "work" / slug(job), ignore_errors=True)
     with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        outcome = FUNCTIONS[job["experiment"]](job, options)
-    numbers = outcome if isinstance(outcome, dict) else outcome[0]
+        numbers = FUNCTIONS[job["experiment"]](job, options)
     train.write(path, json.dumps({"job": job, "commit": options.commit, "wall_seconds": round(time.perf_counter() - began, 1), "numbers": numbers}).encode())
     shutil.rmtree(options.out / "work" / slug(job), ignore_errors=True)                               # weights and metrics of hundreds of runs
 
@@ -398,6 +405,12 @@ def by(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     return groups
 
 
+def gentlest(points: list[tuple], score: float) -> tuple[tuple, bool]:
+    """Of ((score, ±), (lost, ±), ...) the point that loses least among those with enough score, else the one with the best score."""
+    enough = [p for p in points if p[0][0] >= score]
+    return (min(enough, key=lambda p: p[1][0]) if enough else max(points, key=lambda p: p[0][0])), bool(enough)
+
+
 def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
     figure, axes = plt.subplots(1, 4, figsize=(15, 5.2), sharey=True, constrained_layout=True)
     rows, groups, short = [], by(records, "context", "method", "name"), {method: [method] for method in METHODS}
@@ -412,8 +425,7 @@ def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
             color = COLORS[FAMILY.get(method, "COSD")]
             axis.errorbar([p[0][0] for p in points], [-p[1][0] for p in points], fmt=MARKERS[method], color=color, markeredgecolor="black", markeredgewidth=0.5,
                           markersize=6, label=method if axis is axes[0] else None)
-            enough = [p for p in points if p[0][0] >= 0.9 * teacher]
-            _, _, runs, i = min(enough, key=lambda p: p[1][0]) if enough else max(points, key=lambda p: p[0][0])
+            (_, _, runs, i), enough = gentlest(points, 0.9 * teacher)
             at = lambda key: [n["curve"][i][key] for n in runs]
             short[method].append(show(at("lost"), 3) + ("" if enough else f" (score {statistics.fmean(at('score')):.2f})"))
             lr = next(name for (c, m, name), r in groups.items() if r is runs).rpartition("lr ")[2]
@@ -493,7 +505,7 @@ def continual_page(records: list[dict], plt) -> tuple[str, object]:
             for v in range(3):
                 axis.text(v, s, f"{matrix[s, v]:.2f}", ha="center", va="center", color="white" if matrix[s, v] < 0.6 else "black")
             rows.append([name, STAGES[s][0], *(show([n["stages"][s]["score"][v] for n in runs]) for v in range(3)),
-                         *(show([n["stages"][s][key][0] if key == "exact" else n["stages"][s][key] for n in runs], 3) for key in ("lost",))])
+                         show([n["stages"][s]["lost"] for n in runs], 3)])
         axis.set(title=name.replace(", ", ",\n"), xticks=range(3), xticklabels=[s[0] for s in STAGES], yticks=range(3), yticklabels=[f"after {s[0]}" for s in STAGES] if axis is axes[0] else [""] * 3)
     return table(["method", "after learning", *(f"score on {s[0]}" for s in STAGES), "old skills lost"], rows), figure
 
@@ -688,26 +700,33 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if unknown := set(options.what) - set(EXPERIMENTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(EXPERIMENTS)}")
+    if min(options.seeds, options.jobs) < 1:
+        parser.error("--seeds and --jobs must be at least 1")
     wanted = options.what or list(EXPERIMENTS)
     if "real" in wanted and not (options.model / "config.json").exists():
         print(f"real is left out: no model in {options.model} (python notebooks/smollm2.py makes it)")
         wanted.remove("real")
     if options.smoke and options.bases == ROOT / "out":
         options.bases = options.out
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}        # for the workers: one process a core is faster than one on all
     options.commit = commit()
     for folder in (options.out / "runs", options.out / "work"):
         folder.mkdir(parents=True, exist_ok=True)
 
     sources = list(dict.fromkeys(EXPERIMENTS[name][0] for name in wanted))
     seeds = range(options.seeds)
-    bases = [job for seed in seeds for job in jobs_of("base", seed) if sources != ["real"] and (job["name"] == "base" or "quality" in sources)]
-    jobs = {source: [job for seed in seeds for job in jobs_of(source, seed, options.smoke)] for source in sources}
+    bases = [job for seed in seeds for job in jobs_of("base", seed, options.smoke) if sources != ["real"] and (job["name"] == "base" or "quality" in sources)]
+    jobs = {source: [job for seed in seeds for job in jobs_of(source, seed, options.smoke, options.bf16)] for source in sources}
     for stage in (bases, sum(jobs.values(), [])):                      # every run needs its base
         todo = [job for job in stage if not done(job, options)]
-        with tqdm(total=len(stage), initial=len(stage) - len(todo), desc="runs", disable=False) as bar, ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        with tqdm(total=len(stage), initial=len(stage) - len(todo), desc="runs", disable=False) as bar, ProcessPoolExecutor(
+                options.jobs, mp_context=get_context("spawn")) as pool:
             try:
-                for future in as_completed([pool.submit(do, job, options) for job in todo]):
-                    future.result()
+                running = {pool.submit(do, job, options): job for job in todo}
+                for future in as_completed(running):
+                    if error := future.exception():
+                        raise SystemExit(f"\nevidence.py: {slug(running[future])}: {type(error).__name__}: {error}\nWhat is done is kept; its log is "
+                                         f"{options.out / 'work' / slug(running[future])}.log") from error
                     bar.update()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

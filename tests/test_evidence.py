@@ -1,7 +1,9 @@
 """The experiments: their arithmetic against independent answers, and the whole suite in small, twice (the second time nothing is left to do)."""
 
+import argparse
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -17,7 +19,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 
 import evidence
 from contexts import TASKS, VERBS
-from conftest import tiny_checkpoint
+from conftest import tiny_checkpoint, tiny_gpt
 from cosd import forward_kl, reverse_kl
 
 
@@ -77,6 +79,65 @@ def test_two_demonstrations_that_disagree():
         assert sorted(next(v for v in ("reverse", "rotate") if VERBS[v](x) == y) for x, y in shown) == ["reverse", "rotate"]
         word = example.prompt.split()[0]
         assert (example.answer, example.expert) == (VERBS["reverse"](word), VERBS["rotate"](word))
+
+
+def test_the_point_that_stands_for_a_method():
+    """Points are ((score, ±), (lost, ±)): enough score first, then the least lost; without enough score the best score."""
+    low, good, gentle = ((0.3, 0.0), (0.0, 0.0)), ((1.0, 0.1), (0.2, 0.0)), ((0.9, 0.0), (0.1, 0.3))
+    assert evidence.gentlest([low, good, gentle], 0.9) == (gentle, True)
+    assert evidence.gentlest([low, good], 0.9) == (good, True) and evidence.gentlest([good, low], 1.1) == (good, False)
+
+
+def test_rehearsal_asks_for_earlier_verbs_without_context():
+    earlier = [lambda rng, heldout, verb=verb: TASKS["demonstrations"](rng, verb=verb) for verb in ("zorp", "blick")]
+    other = TASKS["specification"](random.Random(0))
+    drawn = [evidence.rehearse(random.Random(i), earlier, lambda rng: other) for i in range(400)]
+    asked = [e for e in drawn if e is not other]
+    assert 150 < len(asked) < 250 and all(e.context is None for e in asked)
+    assert {e.prompt.split()[1] for e in asked} == {"zorp", "blick"}
+    assert evidence.rehearse(random.Random(0), [], lambda rng: other) is other                       # nothing to rehearse at the first stage
+
+
+def test_the_straight_line_goes_from_base_to_tuned():
+    base, tuned = tiny_gpt(0), tiny_gpt(1)
+    for alpha, expected in [(0.0, base), (1.0, tuned)]:
+        for a, b in zip(evidence.blend(base, tuned, alpha).parameters(), expected.parameters()):
+            torch.testing.assert_close(a, b)
+    middle = evidence.blend(base, tuned, 0.25).embed.weight
+    torch.testing.assert_close(middle, 0.75 * base.embed.weight + 0.25 * tuned.embed.weight)
+
+
+def test_recovery_listens_to_the_original(tmp_path, monkeypatch):
+    """The teacher of the second part is the base, not the model that forgot; its prompts never ask for the new verb without context."""
+    options = argparse.Namespace(smoke=True, bases=tmp_path, out=tmp_path)
+    (job,), seen, step = evidence.jobs_of("recovery", 0, smoke=True), [], evidence.cosd_step
+
+    def spy(student, teacher, batch, *rest, **more):
+        same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+        seen.append((same(teacher.model, evidence.world(evidence.config(job, options))[0]), teacher.model is student, batch))
+        return step(student, teacher, batch, *rest, **more)
+
+    monkeypatch.setattr(evidence, "cosd_step", spy)
+    evidence.recovery(job, options)
+    assert len(seen) == 2 and all(is_base and not is_student for is_base, is_student, _ in seen)
+    assert all(batch.prompts == batch.teacher_prompts and len(batch.prompts) == 8 for *_, batch in seen)
+
+
+def test_a_run_at_another_scale_does_not_count_as_done(tmp_path):
+    """--smoke into the same folder must never pass for the real thing, nor fp32 for bf16."""
+    (tmp_path / "runs").mkdir()
+    options = argparse.Namespace(out=tmp_path)
+    for one, other in [(evidence.jobs_of("modes", 0, smoke=True)[0], evidence.jobs_of("modes", 0)[0]),
+                       (evidence.jobs_of("real", 0)[0], evidence.jobs_of("real", 0, bf16=True)[0])]:
+        assert evidence.slug(one) == evidence.slug(other)
+        evidence.record(one, options).write_text(json.dumps({"job": one, "numbers": {}}))
+        assert evidence.done(one, options) and not evidence.done(other, options)
+
+
+def test_importing_it_leaves_the_threads_alone():
+    code = "import os, sys; before = os.environ.get('OMP_NUM_THREADS'); import evidence; sys.exit(os.environ.get('OMP_NUM_THREADS') != before)"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT / "notebooks", env=environment).returncode == 0
 
 
 def test_every_method_of_the_comparison_is_one_of_the_loop_and_named_once():
@@ -147,3 +208,13 @@ def test_kill_takes_the_workers_along_and_keeps_what_is_done(tmp_path):
 def test_unknown_experiment():
     ran = subprocess.run([sys.executable, ROOT / "notebooks/evidence.py", "forgeting"], capture_output=True, text=True)
     assert ran.returncode == 2 and "unknown: forgeting; choose from forgetting, razor" in ran.stderr
+    ran = subprocess.run([sys.executable, ROOT / "notebooks/evidence.py", "--jobs", "0"], capture_output=True, text=True)
+    assert ran.returncode == 2 and "--seeds and --jobs must be at least 1" in ran.stderr
+
+
+def test_a_run_that_fails_is_named_in_one_line(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    command = [sys.executable, ROOT / "notebooks/evidence.py", "real", "--smoke", "--seeds", "1", "--jobs", "1", "--out", tmp_path, "--model", tmp_path / "model"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1 and "evidence.py: real-pirate-pirate-COSD-seed0: BadInput:" in ran.stderr and "its log is" in ran.stderr

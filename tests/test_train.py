@@ -189,6 +189,37 @@ def test_the_base_holds_sft_back(reference, tmp_path):
     assert asft["config"]["base_kl"] == 0.1 and asft["config"]["lr"] == 1e-4 and asft["config"]["anchors"] == 0.0
 
 
+def test_what_each_imitation_minimises():
+    """forward_kl with the base as teacher is KL(base‖student); ASFT weighs, SFT does not."""
+    objective = lambda **settings: train.make_objective(Config(**settings).for_method(settings["method"]))
+    assert objective(method="sft") == "cross_entropy"
+    assert objective(method="sft", base_kl=0.5) == {"cross_entropy": 1.0, "forward_kl": 0.5}
+    assert objective(method="asft") == {"weighted_cross_entropy": 1.0, "forward_kl": 0.1}
+    assert objective(method="asft", base_kl=0.0) == "weighted_cross_entropy"
+
+
+def test_replay_needs_no_teacher(out, monkeypatch):
+    seen, step = [], train.cosd_step
+    monkeypatch.setattr(train, "cosd_step", lambda student, teacher, *rest, **more: seen.append(teacher) or step(student, teacher, *rest, **more))
+    train.train(smoke(out, anchors=0.5, replay="real", steps=2))
+    own, replayed = seen[-4::2], seen[-3::2]
+    assert all(teacher is not None for teacher in own) and replayed == [None, None]
+
+
+def test_change_is_after_less_before_and_measuring_is_not_training(out, monkeypatch):
+    scores, measure = iter([{"verbs": 1.0, "a": 0.8, "b": 0.6}] + [{"verbs": 0.25, "a": 0.7, "b": 0.1}] * 4), train.measure
+    monkeypatch.setattr(train, "skills", lambda *rest: next(scores))
+
+    def slow(*rest):
+        time.sleep(1.5)
+        return measure(*rest)
+
+    monkeypatch.setattr(train, "measure", slow)
+    (result,) = train.train(smoke(out, steps=4, eval_every=1))["results"]
+    assert result["prior_change"] == -0.75 and result["steerability_change"] == pytest.approx(-0.3)
+    assert [row["prior_change"] for row in result["curve"]] == [-0.75] * 4 and result["seconds"] < 4.5
+
+
 def test_curve_on_the_way_changes_nothing_and_survives_a_resume(reference, tmp_path, monkeypatch):
     out, first = reference
     shutil.copytree(out, tmp_path / "a", dirs_exist_ok=True)
