@@ -17,17 +17,18 @@
 # Throughout, $P$ is the teacher (the lecture's $p$) and $Q$ the student ($q$). Nothing is trained here but toy students; no base is needed.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, as on Colab
+REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the notebook stands alone, as on Colab
 
 import os, subprocess, sys
 
 if os.path.exists("../cosd.py"):                 # in a clone: work in its top folder
     os.chdir("..")
+elif not os.path.exists("cosd.py"):              # alone: fetch the whole project, and what it imports
+    if not os.path.exists("cosd"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
+    os.chdir("cosd")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "."], check=True)
 sys.path.insert(0, "")
-try:
-    import cosd
-except ImportError:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"git+{REPOSITORY}"], check=True)
 
 # %%
 import math

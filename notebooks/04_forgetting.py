@@ -16,17 +16,18 @@
 # The evidence behind sections 4 and 5 was made by `python notebooks/evidence.py`; its pages are in `notebooks/results/evidence`.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, as on Colab
+REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the notebook stands alone, as on Colab
 
 import os, subprocess, sys
 
 if os.path.exists("../cosd.py"):                 # in a clone: work in its top folder
     os.chdir("..")
+elif not os.path.exists("cosd.py"):              # alone: fetch the whole project, and what it imports
+    if not os.path.exists("cosd"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
+    os.chdir("cosd")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "."], check=True)
 sys.path.insert(0, "")
-try:
-    import cosd
-except ImportError:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"git+{REPOSITORY}"], check=True)
 
 # %%
 import copy, tempfile
@@ -123,15 +124,15 @@ plt.show()
 at_end = {name: r["curve"][-1] for name, r in results.items()}
 assert all(r["after"]["score"] > 0.9 for r in at_end.values())                     # all three learn the verb
 assert at_end["SFT"]["after"]["exact"] < 0.1 < 0.9 < at_end["COSD"]["after"]["exact"]
-assert at_end["SFT"]["drift"] > at_end["COSD"]["drift"] > at_end["COSD + anchors"]["drift"]
+assert all(at_end[name]["drift"] > 5 * at_end["COSD + anchors"]["drift"] for name in ("SFT", "COSD"))
 for name, r in at_end.items():
     print(f"{name:16} drift {r['drift']:.3f}, known verbs {r['skills']['verbs']:.2f}, "
           f"other contexts {r['steerability_change']:+.3f}")
 
 # %% [markdown]
 # All three learn the verb. SFT also learns to say "verily", everywhere. COSD's teacher saw the same phrase in its context and answers as itself, so its
-# student does too; but without anchors it drifts as well: *on-policy* is not a trust region by itself. Only anchors hold what the prompts of the
-# new task never touch.
+# student does too; but without anchors it drifts as well, here less than SFT, from another base and at this rate perhaps more: *on-policy* is not a
+# trust region by itself. Only anchors hold what the prompts of the new task never touch.
 #
 # ## 4. At equal skill
 # One run says little: a gentler SFT forgets less. The full comparison crosses methods, learning rates and steps on three seeds, for each kind of

