@@ -1,6 +1,6 @@
 """The evidence: what each way of fine-tuning learns, and what it forgets. One experiment a claim, one command for all.
 
-    python notebooks/evidence.py                          everything: 510 runs, an hour or two on two cores
+    python notebooks/evidence.py                          everything: 510 runs, a good hour on two cores
     python notebooks/evidence.py forgetting razor         some of it: the names below
     python notebooks/evidence.py --seeds 5 --jobs 4       more seeds, more cores (one process a core)
     python notebooks/evidence.py --smoke                  every code path in a minute, learning nothing
