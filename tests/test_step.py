@@ -131,6 +131,8 @@ def test_teacher_gets_no_gradient_and_is_not_changed():
     student, teacher = two_models()
     before = copy.deepcopy(teacher.model.state_dict())
     teacher.model.requires_grad_(True)                                                            # even if someone turns it on
+    given = batch()
+    assert not teacher.states(given.teacher_prompts, given.completion, given.mask).requires_grad   # nor a graph: it costs a second student's memory
     for chunk in (None, 3):
         step(student, teacher, batch(), chunk=chunk)
         assert all(p.grad is None for p in teacher.model.parameters())
