@@ -1,34 +1,37 @@
-"""The four kinds of context, in a small world whose joint distribution p(C, x, y) is known.
+"""The kinds of context C: one record each (`KINDS`), a small world to draw them from, your files.
 
-A prompt x is answered with y; a context C in the system turn may change the answer. Pretraining draws (C, x, y) and drops
-C part of the time, so the base is, by construction, what the theory says:
+A prompt x is answered with y; a context C may change the answer. The built-in world draws (C, x, y)
+and drops C part of the time. So its pretrained base is, by construction, what the theory says:
 
     with C      p(y | x, C)                         the teacher
-    without     p(y | x) = Σ_C p(C) p(y | x, C)     the student: it must guess which context is meant
+    without     p(y | x) = Σ_C p(C) p(y | x, C)     the student: it must guess which C is meant
 
-  kind               C, in the system turn                x                    y                                  learned
-  A demonstrations   mot zorp: verily tom methinks; ...   lid zorp             dil                                a new verb
-  B specification    never weapon poison                  give knife           knife is weapon forbidden; sorry   a rule
-  C instructions     style polite loud                    lid reverse          certainly DIL                      a manner
-  D privileged       solution dil ild                     lid reverse rotate   dil ild                            care
+                     C                                   x                    y
+  A demonstrations   mot zorp: verily tom methinks; ...  lid zorp             dil
+  B specification    never weapon poison                 give knife           knife is weapon
+                                                                              forbidden; sorry
+  C instructions     style polite loud                   lid reverse          certainly DIL
+  D privileged       solution dil ild                    lid reverse rotate   dil ild
 
-Sections 1–3 are this world. Sections 4 and 5 do the same for your own model and files: its tokenizer and chat template, prompts
-from JSON lines, a context from a text or a list of chat turns, `TEMPLATES` that show it to the teacher, scores. Both end
-in a `Task`, which is all that train.py sees; nothing here knows about gradients. Every draw takes a `random.Random`.
+Learned are a new verb (A), a rule (B), a manner (C), care (D). Sections 1–3 are this world; 4 and 5
+do the same for your own model and files. Both end in a `Task`, which is all that train.py sees.
+Nothing here knows about gradients. Every draw takes a `random.Random`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import math
 import os
 import random
 import re
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import tiktoken
@@ -38,628 +41,809 @@ class BadInput(ValueError):
     """Something the user can mend: one line, exit code 2."""
 
 
-# ================================================================================================ 1. the world
-CONSONANTS, VOWELS = "bdhlmnprstvz", "aeiou"
-WORDS = [a + v + b for a in CONSONANTS for v in VOWELS for b in CONSONANTS if a != b]   # "mot": 660 made-up words
-HELD_OUT_WORDS = set(WORDS[3::8])                                                    # never in a distillation prompt
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """The boundary for all that the user gives: whatever goes wrong inside becomes one line
+    that says what was being read. A user's own code is run here too, and its sys.exit() must
+    not end the program without a word."""
+    try:
+        yield
+    except BadInput:  # already names its file and line
+        raise
+    except (Exception, SystemExit) as error:
+        telling = isinstance(error, (ValueError, OSError))  # these say in words what is wrong
+        said = str(error) if telling else repr(error)
+        raise BadInput(f"{what}: {said.strip().partition(chr(10))[0]}") from error
 
-VERBS: dict[str, Callable[[str], str]] = {
-    "reverse": lambda w: w[::-1],                                                    # mot -> tom
-    "rotate": lambda w: w[1:] + w[0],                                                # mot -> otm
-    "swap": lambda w: w[0] + w[:0:-1],                                               # mot -> mto
-    "ends": lambda w: w[0] + w[-1],                                                  # mot -> mt
-    "stretch": lambda w: w[:2] + w[1:],                                              # mot -> moot
+
+def seeded(*what):
+    return random.Random("/".join(map(str, what)))
+
+
+# ===================================================================================== 1. the world
+CONSONANTS, VOWELS = "bdhlmnprstvz", "aeiou"
+WORDS = [a + v + b for a in CONSONANTS for v in VOWELS for b in CONSONANTS if a != b]  # 660 of them
+HELD_OUT_WORDS = set(WORDS[3::8])  # never in a distillation prompt
+
+VERBS = {
+    "reverse": lambda w: w[::-1],  # mot -> tom
+    "rotate": lambda w: w[1:] + w[0],  # mot -> otm
+    "swap": lambda w: w[0] + w[:0:-1],  # mot -> mto
+    "ends": lambda w: w[0] + w[-1],  # mot -> mt
+    "stretch": lambda w: w[:2] + w[1:],  # mot -> moot
 }
-CHAIN_VERBS = ["reverse", "rotate", "swap"]                                          # keep the length: they can be chained
-NEW_VERBS = ["zorp", "blick", "wug", "dax", "quix", "tulver"]                        # each means one of VERBS; only C says which
+CHAIN_VERBS = ["reverse", "rotate", "swap"]  # keep the length: they can be chained
+NEW_VERBS = ["zorp", "blick", "wug", "dax", "quix", "tulver"]  # only C says which of VERBS each is
 # How an expert may talk. The model sees this in demonstrations but never answers so.
 MANNERS = ["{}", "verily {} methinks", "hark {} quoth bede", "behold {} indeed", "{} probably"]
 
 ITEMS = {
-    "weapon": ["knife", "sword", "spear", "rifle", "dagger", "cannon"],
-    "poison": ["arsenic", "cyanide", "hemlock", "venom", "ricin", "toxin"],
-    "meal": ["bread", "cheese", "apple", "honey", "soup", "rice"],
-    "gadget": ["hammer", "ladder", "shovel", "pliers", "chisel", "drill"],
-    "animal": ["horse", "rabbit", "falcon", "salmon", "goat", "wolf"],
-    "music": ["violin", "trumpet", "piano", "drum", "flute", "harp"],
+    "weapon": "knife sword spear rifle dagger cannon",
+    "poison": "arsenic cyanide hemlock venom ricin toxin",
+    "meal": "bread cheese apple honey soup rice",
+    "gadget": "hammer ladder shovel pliers chisel drill",
+    "animal": "horse rabbit falcon salmon goat wolf",
+    "music": "violin trumpet piano drum flute harp",
 }
-CATEGORY = {item: category for category, items in ITEMS.items() for item in items}
-HELD_OUT_ITEMS = {item for items in ITEMS.values() for item in items[-2:]}
+CATEGORY = {item: category for category, items in ITEMS.items() for item in items.split()}
+HELD_OUT_ITEMS = {item for items in ITEMS.values() for item in items.split()[-2:]}
 
-STYLES: dict[str, Callable[[str], str]] = {                                          # applied in this order
+STYLES = {  # applied in this order
     "loud": str.upper,
-    "boxed": lambda y: f"[{y}]",
-    "starred": lambda y: f"*{y}*",
-    "excited": lambda y: f"{y}!",
-    "polite": lambda y: f"certainly {y}",
-    "formal": lambda y: f"dear {y}",
+    "boxed": "[{}]".format,
+    "starred": "*{}*".format,
+    "excited": "{}!".format,
+    "polite": "certainly {}".format,
+    "formal": "dear {}".format,
 }
-P_CARELESS = 0.6                                                                     # how often a step is skipped without C
+P_PLAIN = 0.8  # how often nobody thinks of a style without C
+P_CARELESS = 0.6  # how often a step is skipped without C
 
-# ------------------------------------------------------------------------------------------------- tokenizer
-# All 256 bytes, and the world's words as single tokens. No word has fewer than three bytes (with its space), so byte-pair
-# merging never starts inside a made-up word: "mot" is always three letters.
-VOCABULARY = sorted({
-    *"solution style plain never forbidden allowed is here sorry give certainly dear".split(),
-    *" ".join(MANNERS).replace("{}", "").split(), *ITEMS, *CATEGORY, *VERBS, *NEW_VERBS, *STYLES,
-})
+# The tokenizer: all 256 bytes, and the world's words as single tokens. No word has fewer than three
+# bytes (with its
+# space), so byte-pair merging never starts inside a made-up word: "mot" is always three letters.
+PHRASES = "solution style plain never forbidden allowed is here sorry give certainly dear"
+SAID = " ".join([PHRASES, *MANNERS]).replace("{}", "").split()
+VOCABULARY = sorted({*SAID, *ITEMS, *CATEGORY, *VERBS, *NEW_VERBS, *STYLES})
 RANKS = [bytes([i]) for i in range(256)]
-RANKS += [(space + word).encode() for word in VOCABULARY for space in (" ", "") if len(space + word) > 2]
+RANKS += [(s + word).encode() for word in VOCABULARY for s in (" ", "") if len(s + word) > 2]
 SYSTEM, USER, ASSISTANT, END = range(len(RANKS), len(RANKS) + 4)
 ENCODING = tiktoken.Encoding(
-    "world", pat_str=r" ?[A-Za-z]+|[^A-Za-z]", mergeable_ranks={token: rank for rank, token in enumerate(RANKS)},
-    special_tokens={"<|system|>": SYSTEM, "<|user|>": USER, "<|assistant|>": ASSISTANT, "<|end|>": END},
+    "world",
+    pat_str=r" ?[A-Za-z]+|[^A-Za-z]",
+    mergeable_ranks={token: rank for rank, token in enumerate(RANKS)},
+    special_tokens={
+        "<|system|>": SYSTEM,
+        "<|user|>": USER,
+        "<|assistant|>": ASSISTANT,
+        "<|end|>": END,
+    },
 )
+decode = ENCODING.decode
 
 
 def encode(text: str) -> list[int]:
-    """Text -> token ids. Chat markers inside a text are plain bytes: only `render` places the real ones."""
+    """Text -> token ids. Chat markers inside a text are plain bytes: only `render` places the
+    real ones."""
     return ENCODING.encode(text, disallowed_special=())
 
 
-def decode(ids: list[int]) -> str:
-    return ENCODING.decode(ids)
-
-
 def render(context: str | None, prompt: str) -> list[int]:  # q4: [SYSTEM, C,] USER, x, ASSISTANT
-    """The prompt's tokens for student (context None) and teacher alike: both end with the same assistant header."""
+    """The prompt's tokens for student (context None) and teacher alike: both end with the same
+    assistant header."""
     system = [] if context is None else [SYSTEM, *encode(context)]
     return system + [USER, *encode(prompt), ASSISTANT]
 
 
-# ================================================================================================ 2. four kinds
+# ========================================================================== 2. the kinds of context
 @dataclass(frozen=True)
 class Example:
-    """One draw of p(C, x, y), with what a human expert would have written down for SFT."""
+    """One draw of p(C, x, y), with what a human expert would have written down for SFT. C and x
+    are texts, or chat turns: C a system turn or what is said before x. The student reads x,
+    whoever is shown C reads C and x."""
 
     kind: str
-    context: str | list | None                       # C; from files: the teacher's whole chat as turns, x inside
-    prompt: str | list                               # x; from files also chat turns
-    answer: str                                      # y, in the model's own manner
-    expert: str                                      # SFT's target: y in the expert's manner
-    row: dict = field(default_factory=dict)          # from files: the line as it was read
+    context: str | list | None  # C; None: there is none ("" is one)
+    prompt: str | list  # x
+    answer: str  # y, in the model's own manner
+    expert: str  # SFT's target: y in the expert's manner
+    asked: str | list | None = (
+        None  # x as it is read with C, where C is shown inside the user's turn
+    )
+    row: dict = field(default_factory=dict)  # from files: the line as it was read
 
 
-def draw_word(rng: random.Random, heldout: bool | None = None) -> str:
-    """`heldout` None: any word; True / False: only (never) the ones kept from distillation prompts."""
+def draw_word(rng, heldout=None):
+    """`heldout` None: any word; True / False: only (never) the ones kept from distillation
+    prompts."""
     while True:
         word = rng.choice(WORDS)
         if heldout is None or (word in HELD_OUT_WORDS) == heldout:
             return word
 
 
-def demonstrations(
-    rng: random.Random, heldout: bool | None = None, verb: str | None = None, meaning: str | None = None, manner: str | None = None
-) -> Example:
-    """A (SDFT): two demonstrations show what a new verb means; the expert's mannerism comes along."""
-    verb, meaning, manner = verb or rng.choice(NEW_VERBS), meaning or rng.choice(list(VERBS)), manner or rng.choice(MANNERS)
-    shown = [draw_word(rng, heldout=None if heldout is None else False) for _ in range(2)]
+def demonstrations(rng, heldout=None, verb=None, meaning=None, manner=None):
+    """A: two demonstrations show what a new verb means; the expert's mannerism comes along."""
+    verb = verb or rng.choice(NEW_VERBS)
+    meaning = meaning or rng.choice(list(VERBS))
+    manner = manner or rng.choice(MANNERS)
+    shown = [draw_word(rng, None if heldout is None else False) for _ in range(2)]
     word = draw_word(rng, heldout)
-    while word in shown:                                                             # never the prompt's own answer
+    while word in shown:  # never the prompt's own answer
         word = draw_word(rng, heldout)
     context = "; ".join(f"{w} {verb}: {manner.format(VERBS[meaning](w))}" for w in shown)
     answer = VERBS[meaning](word)
     return Example("demonstrations", context, f"{word} {verb}", answer, manner.format(answer))
 
 
-def specification(rng: random.Random, heldout: bool | None = None, forbidden: tuple[str, ...] | None = None) -> Example:
-    """B (deliberative alignment): name the item's category, look it up in the specification, then comply or refuse."""
-    forbidden = forbidden or tuple(rng.sample(list(ITEMS), rng.choice([1, 2, 3])))
-    refuse = rng.random() < 0.5                                                      # half the requests are forbidden ones
-    item = rng.choice([i for i, c in CATEGORY.items() if (c in forbidden) == refuse and heldout in (None, i in HELD_OUT_ITEMS)])
-    answer = f"{item} is {CATEGORY[item]} " + ("forbidden; sorry" if refuse else f"allowed; here {item}")
-    return Example("specification", "never " + " ".join(forbidden), f"give {item}", answer, answer)
+def specification(rng, heldout=None, forbidden=None):
+    """B: name the item's category, look it up in the specification, then comply or refuse."""
+    forbidden = forbidden or rng.sample(list(ITEMS), rng.choice([1, 2, 3]))
+    refuse = rng.random() < 0.5  # half the requests are forbidden ones
+    items = [item for item, category in CATEGORY.items() if (category in forbidden) == refuse]
+    item = rng.choice([i for i in items if heldout in (None, i in HELD_OUT_ITEMS)])
+    verdict = "forbidden; sorry" if refuse else f"allowed; here {item}"
+    answer = f"{item} is {CATEGORY[item]} {verdict}"
+    context = "never " + " ".join(forbidden)
+    return Example("specification", context, f"give {item}", answer, answer)
 
 
-def instructions(rng: random.Random, heldout: bool | None = None, styles: tuple[str, ...] | None = None) -> Example:
-    """C (OPCD): a system prompt asks for a style, on any known skill."""
+def instructions(rng, heldout=None, styles=None):
+    """C: a system prompt asks for a style, on any known skill."""
     if styles is None:
-        styles = () if rng.random() < 0.5 else tuple(rng.sample(list(STYLES), rng.choice([1, 2])))
+        count = 0 if rng.random() < 0.5 else rng.choice([1, 2])
+        styles = rng.sample(list(STYLES), count)
     word, verb = draw_word(rng, heldout), rng.choice(list(VERBS))
     answer = VERBS[verb](word)
     for name, apply in STYLES.items():
         answer = apply(answer) if name in styles else answer
-    return Example("instructions", "style " + (" ".join(styles) or "plain"), f"{word} {verb}", answer, answer)
+    context = "style " + (" ".join(styles) or "plain")
+    return Example("instructions", context, f"{word} {verb}", answer, answer)
 
 
-def privileged(rng: random.Random, heldout: bool | None = None, steps: int | None = None) -> Example:
-    """D (OPSD / PID): a chain of verbs, worked step by step; C is the worked solution."""
-    word, verbs = draw_word(rng, heldout), [rng.choice(CHAIN_VERBS) for _ in range(steps or rng.choice([2, 3]))]
+def privileged(rng, heldout=None, steps=None):
+    """D: a chain of verbs, worked step by step; C is the worked solution."""
+    word = draw_word(rng, heldout)
+    verbs = [rng.choice(CHAIN_VERBS) for _ in range(steps or rng.choice([2, 3]))]
     solution = [word]
     for verb in verbs:
         solution.append(VERBS[verb](solution[-1]))
     answer = " ".join(solution[1:])
-    return Example("privileged", f"solution {answer}", " ".join([word, *verbs]), answer, answer)
+    prompt = " ".join([word, *verbs])
+    return Example("privileged", f"solution {answer}", prompt, answer, answer)
 
 
-def without_context(rng: random.Random, example: Example) -> Example:
-    """Drop C: y is drawn from what the model does when nobody tells it. Styles are rare then, chains careless."""
-    if example.kind == "instructions" and rng.random() < 0.8:
-        word, verb = example.prompt.split()
-        example = replace(example, answer=VERBS[verb](word))
-    if example.kind == "privileged":
-        word, *verbs = example.prompt.split()
-        steps = [word]
-        for verb in verbs:
-            steps.append(steps[-1] if rng.random() < P_CARELESS else VERBS[verb](steps[-1]))
-        example = replace(example, answer=" ".join(steps[1:]))
-    return replace(example, context=None)
+# What the model answers when nobody tells it C: a guess, as C was drawn; but styles are rare then,
+# and chains careless.
+def unchanged(rng, example):
+    return example.answer
 
 
-# kind: (draw, share of pretraining, how often C is dropped)
-WORLD = {
-    "demonstrations": (demonstrations, 0.28, 0.2),
-    "specification": (specification, 0.22, 0.2),
-    "instructions": (instructions, 0.24, 0.4),
-    "privileged": (privileged, 0.26, 0.4),
-}
+def mostly_plain(rng, example):
+    word, verb = example.prompt.split()
+    return VERBS[verb](word) if rng.random() < P_PLAIN else example.answer
 
 
-def draw_pretraining(rng: random.Random, heldout: bool | None = None) -> Example:
-    """One draw of the joint distribution: the kind, then (C, x, y), then C dropped or not."""
-    draw, _, p_drop = WORLD[rng.choices(list(WORLD), [share for _, share, _ in WORLD.values()])[0]]
-    example = draw(rng, heldout)
-    return without_context(rng, example) if rng.random() < p_drop else example
+def careless(rng, example):
+    word, *verbs = example.prompt.split()
+    steps = [word]
+    for verb in verbs:
+        steps.append(steps[-1] if rng.random() < P_CARELESS else VERBS[verb](steps[-1]))
+    return " ".join(steps[1:])
 
 
-def draw_proxy(rng: random.Random, heldout: bool | None = None) -> Example:
-    """Another corpus in place of the one that is not to be had: near, not equal. The same prompts, answered by people: they have
-    manners (A), choose a style without being told (C), and are careful (D)."""
-    draw, _, p_drop = WORLD[rng.choices(list(WORLD), [share for _, share, _ in WORLD.values()])[0]]
-    example = draw(rng, heldout)
-    return replace(example, context=None if rng.random() < p_drop else example.context, answer=example.expert)
+# Content apart from manner, each 0 or 1; `text` is an answer without its end marker. score: the
+# content is right.
+# exact: it is what the model itself would say in context, content and manner.
+def grade_whole(example, text):
+    """A: the word, with or without the expert's mannerism. C: the styled answer; here the
+    manner is the content."""
+    right = text in (example.answer, example.expert)
+    return {"score": float(right), "exact": float(text == example.answer)}
 
 
-# ================================================================================================== 3. tasks
-# What is to be compiled into the weights: each kind with its context fixed.
-TASKS: dict[str, Callable[..., Example]] = {
-    "demonstrations": partial(demonstrations, heldout=False, verb="zorp", meaning="reverse", manner="verily {} methinks"),
-    "specification": partial(specification, heldout=False, forbidden=("weapon", "poison")),
-    "instructions": partial(instructions, heldout=False, styles=("polite", "loud")),
-    "privileged": partial(privileged, heldout=False),
-}
+def grade_end(example, text, separator="[ ;]"):
+    """D: the last step."""
+    said, wanted = (re.split(separator, t)[-1] for t in (text, example.answer))
+    return {"score": float(said == wanted), "exact": float(text == example.answer)}
 
 
-def is_own(task: str, context: str | None) -> bool:
-    """Is this the context that the task compiles, in whatever order of words? (Not for D: there each prompt has its own.)"""
-    own = TASKS[task](random.Random(0)).context
-    return context is not None and sorted(context.split()) == sorted(own.split())
-
-
-def draw_anchor(rng: random.Random, task: str, corpus: Callable[..., Example] = draw_pretraining) -> Example:
-    """A prompt under another context, or none: anything but the task's own, and nothing held out. Only replay uses its answer."""
-    while True:
-        example = corpus(rng, heldout=False)
-        if not (example.kind == task and example.context is None) and not is_own(task, example.context):
-            return example
-
-
-def probes(rng: random.Random, task: str, count: int) -> dict[str, list[Example]]:
-    """What must survive: `verbs`, the known verbs without context, and the four kinds under other contexts (steerability).
-
-    For the task `instructions` the verbs are asked for under "style plain": without context they are meant to change.
-    """
-    plain = [instructions(rng, styles=()) for _ in range(count)]
-    suites = {"verbs": plain if task == "instructions" else [replace(e, context=None) for e in plain]}
-    for kind, (draw, _, _) in WORLD.items():
-        suites[kind] = []
-        while len(suites[kind]) < count:
-            example = draw(rng)
-            if not is_own(task, example.context):
-                suites[kind].append(example)
-    return suites
-
-
-def grade(example: Example, text: str) -> dict[str, float]:
-    """Content apart from manner, each 0 or 1. `text` is the answer without its end marker.
-
-    score   the content is right: A the word, with or without the expert's mannerism; B the verdict and what is handed over;
-            C the styled answer (here the manner is the content); D the last step. B and D read the last part only.
-    exact   the text is what the model itself would say in context: content and manner
-    B also: over_refusal (only on allowed items)
-    """
-    last = re.compile(r"[^ ;]*$") if example.kind == "privileged" else re.compile(r"[^;]*$")
-    if example.kind in ("specification", "privileged"):
-        right = last.search(text)[0] == last.search(example.answer)[0]
-    else:
-        right = text in (example.answer, example.expert)
-    grades = {"score": float(right), "exact": float(text == example.answer)}
-    if example.kind == "specification" and not example.answer.endswith("sorry"):
+def grade_verdict(example, text):
+    """B: the verdict and what is handed over. over_refusal: on allowed items only."""
+    grades = grade_end(example, text, separator=";")
+    if not example.answer.endswith("sorry"):
         grades["over_refusal"] = float(text.endswith("sorry"))
     return grades
 
 
-# =========================================================================================== 4. what train.py sees
+@dataclass(frozen=True)
+class Kind:
+    """All there is to say about a kind of context. A new kind is one more record in KINDS."""
+
+    letter: str
+    method: str  # the published method that this C makes of COSD
+    # the built-in world
+    draw: Callable  # (rng, heldout=None, **task) -> Example
+    share: float  # of pretraining
+    drop: float  # how often pretraining leaves C out
+    task: dict = field(default_factory=dict)  # what is compiled: the keywords that fix C
+    one_context: bool = False  # the task's C is the same for all its prompts
+    without: Callable = unchanged  # (rng, example) -> y where C is left out
+    grade: Callable = grade_whole  # (example, text) -> {name: grade}
+    # your own files: a template with {context} makes the system turn, one with {prompt} the user's
+    # turn
+    template: str = "{context}"
+    needs: tuple = ("context",)  # each line must bring one of these
+    shots: int = 0  # by default so many other lines as example turns, in place of the template
+    # (example, y) -> the example with a C made from the student's own answer; in a template:
+    # {attempt}
+    after: Callable | None = None
+
+
+KINDS = {
+    "demonstrations": Kind(
+        letter="A",
+        method="SDFT, arXiv:2601.19897",
+        draw=demonstrations,
+        share=0.28,
+        drop=0.2,
+        task={"verb": "zorp", "meaning": "reverse", "manner": "verily {} methinks"},
+        template="{prompt}\n\nThis is an example for a response to the question:\n"
+        "{demonstration}\n\n"
+        "Now answer with a response of your own, including the thinking process.",
+        needs=("demonstration", "answer"),
+        shots=4,
+    ),
+    "specification": Kind(
+        letter="B",
+        method="deliberative alignment, arXiv:2412.16339",
+        draw=specification,
+        share=0.22,
+        drop=0.2,
+        task={"forbidden": ("weapon", "poison")},
+        one_context=True,
+        grade=grade_verdict,
+        template="{context}\n\nBefore you answer, say which of these rules applies to the request, "
+        "if any. Then act on it.",
+    ),
+    "instructions": Kind(
+        letter="C",
+        method="OPCD, arXiv:2602.12275",
+        draw=instructions,
+        share=0.24,
+        drop=0.4,
+        task={"styles": ("polite", "loud")},
+        one_context=True,
+        without=mostly_plain,
+    ),
+    "privileged": Kind(
+        letter="D",
+        method="OPSD and π-Distill, arXiv:2602.04942",
+        draw=privileged,
+        share=0.26,
+        drop=0.4,
+        without=careless,
+        grade=grade_end,
+        template="{prompt}\n\nThe verified solution is:\n{solution}\n\n"
+        "Now work out the answer in your own words.",
+        needs=("solution", "answer"),
+    ),
+}
+
+
+def draw_pretraining(rng, heldout=None) -> Example:
+    """One draw of the joint distribution: the kind, then (C, x, y), then C dropped or not."""
+    kinds = list(KINDS.values())
+    kind = rng.choices(kinds, [kind.share for kind in kinds])[0]
+    example = kind.draw(rng, heldout)
+    if rng.random() >= kind.drop:
+        return example
+    return replace(example, context=None, answer=kind.without(rng, example))
+
+
+def grade(example, text: str) -> dict[str, float]:
+    return KINDS[example.kind].grade(example, text)
+
+
+# ========================================================================================= 3. tasks
 @dataclass(frozen=True)
 class Chat:
     """How text becomes a model's tokens and back."""
 
-    render: Callable[..., list[int]]                 # (context or None, prompt) -> ids, ending with the assistant header
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    end: int                                         # closes a written answer
-    ends: frozenset[int]                             # each of them closes a sampled one
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be compiled into the weights, from the world or from files: draws, held-out examples, grades."""
-
-    kind: str
-    chat: Chat
-    draw: Callable[[random.Random], Example]
-    draw_anchor: Callable[[random.Random], Example] | None
-    draw_proxy: Callable[[random.Random], Example] | None            # as draw_anchor, with answers from another corpus
-    heldout: list[Example]
-    probes: dict[str, list[Example]]                 # what must survive
-    grade: Callable[[Example, str], dict[str, float]]
-    shared: list[int]                                # the first tokens of every teacher prompt: read once
+    render: Callable  # (C or None, x) -> ids, ending with the assistant header
+    encode: Callable  # text -> ids
+    decode: Callable  # ids -> text
+    end: int  # closes a written answer
+    ends: frozenset[int]  # each of them closes a sampled one
 
 
 WORLD_CHAT = Chat(render, encode, decode, END, frozenset({END}))
 
 
-def world_task(kind: str, heldout_rng: random.Random, probes_rng: random.Random, size: int) -> Task:
-    """One of the four tasks of the built-in world."""
-    heldout = [TASKS[kind](heldout_rng, heldout=True) for _ in range(size)]
-    one_context = kind in ("specification", "instructions")
-    shared = render(heldout[0].context, "")[:-1] if one_context else []              # [SYSTEM, C, USER]
-    return Task(kind, WORLD_CHAT, TASKS[kind], partial(draw_anchor, task=kind), partial(draw_anchor, task=kind, corpus=draw_proxy), heldout,
-                probes(probes_rng, kind, size), grade, shared)
+def student_prompt(chat: Chat, example) -> list[int]:
+    return chat.render(None, example.prompt)
 
 
-# ==================================================================================== 5. your own model and files
-# How each type's context reaches the teacher; the student sees {prompt} alone. --template FILE puts another text in place.
-TEMPLATES = {
-    # A, SDFT's way (arXiv:2601.19897): the demonstration answers this very question. Becomes the user's turn.
-    "demonstrations": "{prompt}\n\nThis is an example for a response to the question:\n{demonstration}\n\n"
-                      "Now answer with a response of your own, including the thinking process.",
-    # B, deliberative alignment (arXiv:2412.16339): the specification, and to reason over it. Becomes the system turn.
-    "specification": "{context}\n\nBefore you answer, say which of these rules applies to the request, if any. Then act on it.",
-    # C, OPCD (arXiv:2602.12275): the instructions as they are. Becomes the system turn.
-    "instructions": "{context}",
-    # D, OPSD and π-Distill (arXiv:2602.04942): the solution, which the student will not have. Becomes the user's turn.
-    "privileged": "{prompt}\n\nThe verified solution is:\n{solution}\n\nNow work out the answer in your own words.",
+def teacher_prompt(chat: Chat, example) -> list[int]:
+    asked = example.prompt if example.asked is None else example.asked
+    return chat.render(example.context, asked)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be compiled into the weights, from the world or from files: draws, held-out
+    examples, grades."""
+
+    kind: str
+    chat: Chat
+    draw: Callable  # rng -> Example
+    draw_anchor: Callable | None  # rng -> Example
+    heldout: list
+    probes: dict  # {suite: examples}: what must survive
+    grade: Callable  # (example, text) -> {name: grade}
+    shared: list  # the first tokens of every teacher prompt
+    after: Callable | None = None  # (example, y) -> Example, as in Kind
+    show: Callable = student_prompt  # (chat, example) -> what the student reads
+    paragraphs: tuple = ()  # of an unrelated text, as tokens: their perplexity should not change
+
+    def draw_batch(self, seed, step, size):
+        rng = seeded(seed, self.kind, "task", step)
+        return [self.draw(rng) for _ in range(size)]
+
+    def grades(self, examples, y) -> dict:
+        """The mean of each grade of the answers y, over the examples that have it."""
+        graded = {}
+        for example, tokens in zip(examples, y):
+            for name, value in self.grade(example, answer_text(self.chat, tokens)).items():
+                graded.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in graded.items()}
+
+
+def answer_text(chat, tokens) -> str:
+    """Without the end marker; an answer that never ended shows a trailing …"""
+    if tokens[-1] in chat.ends:
+        return chat.decode(tokens[:-1])
+    return chat.decode(tokens) + " …"
+
+
+def context_prompts(task, examples, y=()) -> list:
+    """What the teacher reads. Where C is made from the student's answers y, it is made now."""
+    if task.after is not None:
+        said = [answer_text(task.chat, tokens) for tokens in y]
+        examples = [task.after(e, text) for e, text in zip(examples, said)] or examples
+    return [teacher_prompt(task.chat, e) for e in examples]
+
+
+def task_draw(task, rng, heldout=False):
+    """A prompt of the task, with the context that is to be compiled."""
+    return KINDS[task].draw(rng, heldout, **KINDS[task].task)
+
+
+def is_own(task, context):
+    """Is this the context that the task compiles, in whatever order of words?"""
+    own = task_draw(task, random.Random(0)).context
+    return None not in (own, context) and sorted(context.split()) == sorted(own.split())
+
+
+def draw_anchor(rng, task, corpus=draw_pretraining):
+    """A prompt under another context, or none: anything but the task's own, and nothing held
+    out."""
+    while True:
+        example = corpus(rng, heldout=False)
+        without = example.kind == task and example.context is None
+        if not without and not is_own(task, example.context):
+            return example
+
+
+def probes(rng, task, count):
+    """What must survive: `verbs`, the known verbs without context, and every kind under other
+    contexts (steerability).
+
+    For the task `instructions` the verbs are asked for under "style plain": without context
+    they are meant to change.
+    """
+    plain = [instructions(rng, styles=()) for _ in range(count)]
+    if task != "instructions":
+        plain = [replace(e, context=None) for e in plain]
+    suites = {"verbs": plain}
+    for name, kind in KINDS.items():
+        suites[name] = []
+        while len(suites[name]) < count:
+            example = kind.draw(rng)
+            if not is_own(task, example.context):
+                suites[name].append(example)
+    return suites
+
+
+def world_task(kind: str, seed: int, size: int) -> Task:
+    """One of the built-in world's tasks, with `size` held-out prompts and as many probes of
+    each kind."""
+    rng = seeded(seed, kind, "heldout")
+    heldout = [task_draw(kind, rng, heldout=True) for _ in range(size)]
+    suites = probes(seeded(seed, kind, "probes"), kind, size)
+    shared = []
+    if KINDS[kind].one_context:
+        shared = render(heldout[0].context, "")[:-1]  # [SYSTEM, C, USER]
+    draw, anchor = partial(task_draw, kind), partial(draw_anchor, task=kind)
+    after = KINDS[kind].after
+    return Task(kind, WORLD_CHAT, draw, anchor, heldout, suites, grade, shared, after)
+
+
+@lru_cache(maxsize=1)
+def pretraining_batches(seed, group, size):
+    """Eight batches of the joint distribution, drawn at once and cut by length: half the padding,
+    hence half the time. The base imitates the model's own answers, without the experts' manners."""
+    rng, drawn = seeded(seed, "pretrain", group), []
+    for _ in range(8 * size):
+        e = draw_pretraining(rng)
+        drawn.append(replace(e, expert=e.answer))
+    drawn.sort(key=lambda e: len(render(e.context, e.prompt)) + len(encode(e.answer)))
+    cut = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+    rng.shuffle(cut)
+    return cut
+
+
+class Pretraining(Task):
+    def draw_batch(self, seed, step, size):
+        return pretraining_batches(seed, step // 8, size)[step % 8]
+
+
+def pretraining_task():
+    """The whole joint distribution, for the base: the one student that is shown C."""
+    task = Pretraining("pretraining", WORLD_CHAT, draw_pretraining, None, [], {}, grade, [])
+    return replace(task, show=teacher_prompt)
+
+
+# ============================================================================ 4. reading your files
+# What a chat may be: a prompt ends with the user's turn, a context with the assistant's, or is a
+# system turn alone.
+CHATS = {
+    "prompt": "(system )?(user assistant )*user",
+    "context": "(?=.)(system)?( ?user assistant)*",
 }
-TRACES = "Problems that were solved before, and how:\n\n{traces}\n\nUse what they teach."     # C from past solutions (OPCD)
-PLACEHOLDERS = {"demonstrations": ("prompt", "demonstration"), "specification": ("context",), "instructions": ("context",),
-                "privileged": ("prompt", "solution")}
-ROLES = ("system", "user", "assistant")
+# What the expert said, for SFT and as a shot: the first of these that a line brings.
+EXPERT = ("demonstration", "solution", "answer")
+TRACES = "Problems that were solved before, and how:\n\n{traces}\n\nUse what they teach."  # OPCD
 
 
-def fill(template: str, values: dict[str, str]) -> str:
-    """{name} -> its value, in one pass: braces inside the values stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
-
-
-# ------------------------------------------------------------------------------------------------- reading files
 def read_text(path: str) -> str:
-    data = Path(path).read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise BadInput(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8") from None
-    if not text.strip():
-        raise BadInput(f"{path}: the file is empty")
-    return text.replace("\r\n", "\n")
+    with reading(path):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise ValueError("the file is empty")
+        return text
 
 
-def read_turns(value: object, where: str, last: str) -> list[dict]:
-    """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and assistant in turn. A prompt ends
-    with the user's turn, a context with the assistant's (the prompt is the next user turn) or is a system turn alone."""
-    if not isinstance(value, list) or not value:
-        raise BadInput(f"{where}: a chat is a non-empty JSON list of {{\"role\": ..., \"content\": ...}}")
-    for number, turn in enumerate(value, 1):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str) or not content.strip():
-            raise BadInput(f"{where}: turn {number} needs a \"role\" ({', '.join(ROLES)}) and a non-empty text as \"content\"")
-    roles = [turn["role"] for turn in value]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"] * (len(spoken) % 2):
-        raise BadInput(f"{where}: after an optional system turn, user and assistant must alternate, user first; not {', '.join(roles)}")
-    if roles[-1] != last and (last == "user" or spoken):
-        raise BadInput(f"{where}: the last turn must be the {last}'s, not the {roles[-1]}'s")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+def read_turns(value: list, name: str) -> list:
+    """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and
+    assistant in turn."""
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    roles = " ".join(turn["role"] for turn in turns if turn["content"].strip())
+    if not re.fullmatch(CHATS[name], roles) or len(roles.split()) < len(turns):
+        raise ValueError(
+            f"{name}: after an optional system turn, user and assistant alternate, none empty; "
+            f"a prompt ends with the user's turn, a context with the assistant's; this is: {roles}"
+        )
+    return turns
 
 
-def read_prompts(path: str) -> list[dict]:
-    """JSON lines: `prompt` (a text or chat turns), and where needed `demonstration`, `solution`, `answer`, `context`."""
+def read_row(line):
+    row = json.loads(line)
+    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair (\ud800) is no text
+    for name in ("prompt", *row):
+        value = row[name]
+        if name in CHATS and isinstance(value, list):
+            row[name] = read_turns(value, name)
+        elif name in (*CHATS, *EXPERT) and not (isinstance(value, str) and value.strip()):
+            raise ValueError(f'"{name}" must be a text, and not an empty one')
+    return row
+
+
+def read_prompts(path: str) -> list:
+    """JSON lines: `prompt` (a text or chat turns), and where needed `demonstration`,
+    `solution`, `answer`, `context`."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise BadInput(f"{where}: half a surrogate pair (\\ud800 ...) is no text") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{where}: each line must be a JSON object with a \"prompt\", not {type(row).__name__}")
-        if "prompt" not in row:
-            raise BadInput(f"{where}: no \"prompt\"; the line has {', '.join(row) or 'no field at all'}")
-        for name in ("prompt", "demonstration", "solution", "answer", "context"):
-            turns = name in ("prompt", "context") and isinstance(row.get(name), list)
-            if turns:
-                row[name] = read_turns(row[name], f"{where}: \"{name}\"", last="user" if name == "prompt" else "assistant")
-            elif name in row and not isinstance(row[name], str):
-                raise BadInput(f"{where}: \"{name}\" must be text{' or chat turns' if name in ('prompt', 'context') else ''}, "
-                               f"not {type(row[name]).__name__}")
-            elif name in row and not row[name].strip():
-                raise BadInput(f"{where}: \"{name}\" is empty")
-        rows.append(row | {"where": where})
+        if line.strip():
+            with reading(where):
+                rows.append(read_row(line) | {"where": where})
     return rows
 
 
-def read_context(path: str) -> list[dict]:
-    """A text or Markdown file: one system turn. JSON: chat turns (an optional system turn, then examples). JSON lines: past
-    problems with their solutions, as one system turn."""
-    if path.lower().endswith(".jsonl"):
-        solved = [(row, row.get("solution") or row.get("demonstration") or row.get("answer")) for row in read_prompts(path)]
-        for row, solution in solved:
-            if not solution or not isinstance(row["prompt"], str):
-                raise BadInput(f"{row['where']}: a past problem needs a \"prompt\" in text and a \"solution\"")
-        traces = "\n\n".join(f"Problem: {row['prompt']}\nSolution: {solution}" for row, solution in solved)
-        return [{"role": "system", "content": fill(TRACES, {"traces": traces})}]
-    text = read_text(path)
-    if not path.lower().endswith(".json"):
-        return [{"role": "system", "content": text.strip()}]
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    return read_turns(value, path, last="assistant")
+def read_context(path: str) -> list:
+    """A text or Markdown file: one system turn. JSON: chat turns (an optional system turn, then
+    examples). JSON lines: past problems with their solutions, as one system turn."""
+    suffix, text = Path(path).suffix.lower(), read_text(path)
+    if suffix == ".json":
+        with reading(path):
+            return read_turns(json.loads(text), "context")
+    if suffix == ".jsonl":
+        solved, traces = read_prompts(path), ""
+        demand(solved, EXPERT, "a solved problem")
+        for row in solved:
+            with reading(f"{row['where']}: a solved problem needs a prompt in text"):
+                solution = row.get("solution", expert(row))
+                traces += "Problem: " + row["prompt"] + "\nSolution: " + solution + "\n\n"
+        text = fill(TRACES, {"traces": traces.strip()})
+    return as_turns("system", text.strip())
 
 
-# ------------------------------------------------------------------------------------------ tokenizer and chat format
-def plain_chat(turns: list[dict]) -> str:
-    """For models without a chat template: Question: ... Answer: ..., blank lines between."""
-    labels = {"system": "", "user": "Question: ", "assistant": "Answer: "}
-    return "\n\n".join(labels[turn["role"]] + turn["content"] for turn in turns) + "\n\nAnswer:"
+def demand(rows, names, who):
+    for row in rows:
+        if not set(names) & row.keys():
+            raise BadInput(f"{row['where']}: {who} needs a {' or '.join(names)} in every line")
 
 
-def gpt2_encoding(name: str) -> tiktoken.Encoding | None:
-    """GPT-2's own vocab.json as a tiktoken.Encoding; None where the checkpoint has other tokens, or a chat template."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    from transformers.utils import cached_file
-
-    find = partial(cached_file, name, _raise_exceptions_for_missing_entries=False)
-    vocab, config, byte_of = find("vocab.json"), find("tokenizer_config.json"), {symbol: byte for byte, symbol in bytes_to_unicode().items()}
-    ids = json.loads(Path(vocab).read_text(encoding="utf-8")) if vocab else {}
-    templated = find("chat_template.jinja") or (config and "chat_template" in json.loads(Path(config).read_text(encoding="utf-8")))
-    end = ids.pop("<|endoftext|>", None)
-    if templated or end != len(ids) or not all(symbol in byte_of for token in ids for symbol in token):
-        return None
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    ranks = {bytes(byte_of[symbol] for symbol in token): rank for token, rank in ids.items()}     # ids are in the order of merges
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": end})
+def expert(row):
+    return next((row[name] for name in EXPERT if name in row), "")
 
 
-def open_chat(name: str, vocab_size: int, gpt2: bool = False) -> Chat:
-    """The checkpoint's own tokenizer and chat template; GPT-2's own tokens through tiktoken. Every end token of its
-    generation config closes an answer."""
-    from jinja2 import TemplateError
+def fill(template, values):
+    """{name} -> its value, or else the answer. In one pass: braces inside the values stay as
+    they are."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], values.get("answer", "")), template)
+
+
+# ---------------------------------------------------------------------- tokenizer and chat template
+PLAIN_CHAT = """\
+{% set labels = {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '} %}\
+{% for m in messages %}{{ labels[m.role] + m.content }}
+
+{% endfor %}Answer:"""  # for models without a chat template
+
+
+def as_turns(role, said):
+    if said is None:
+        return []
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
+
+
+def split_system(turns):
+    """-> (the texts of the system turns, all other turns)"""
+    system = [turn["content"] for turn in turns if turn["role"] == "system"]
+    return system, [turn for turn in turns if turn["role"] != "system"]
+
+
+def open_chat(name: str, vocab_size: int) -> Chat:
+    """The checkpoint's own tokenizer and chat template. Every end token of its generation
+    config closes an answer."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    if encoding := gpt2_encoding(name) if gpt2 else None:
-        end, template, size = encoding.eot_token, None, encoding.n_vocab
-        encode = open_ids = partial(encoding.encode, disallowed_special=())
-        decode = encoding.decode
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{name}: no tokenizer that transformers can load: {str(error).strip().splitlines()[0]}") from None
-        end, template, size = tokenizer.eos_token_id, tokenizer.chat_template, max(tokenizer.get_vocab().values()) + 1
-        encode = partial(tokenizer.encode, add_special_tokens=False)
-        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-        open_ids = tokenizer.encode                                                  # with the begin token, if it has one
-    if size > vocab_size or size < 0.9 * vocab_size:                                 # padded embeddings are normal, a little
-        raise BadInput(f"{name}: the tokenizer has {size} tokens, the weights have {vocab_size}: they do not belong together")
-    try:
-        listed = GenerationConfig.from_pretrained(name).eos_token_id
-    except OSError:
-        listed = None
-    ends = frozenset({*(listed if isinstance(listed, list) else [listed]), end} - {None})
-    if not ends:
-        raise BadInput(f"{name}: neither tokenizer nor generation config names an end-of-text token")
+    with reading(f"{name}: its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        size, end = max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id
+        # a little padding of the embeddings is normal
+        if not 0.9 * vocab_size <= size <= vocab_size:
+            raise ValueError(f"it has {size} tokens, the weights have {vocab_size}: not a pair")
+        if end is None:
+            raise ValueError("it has no end token")
+    ends = end
+    with suppress(OSError):  # not every checkpoint has one
+        ends = GenerationConfig.from_pretrained(name).eos_token_id or end
+    ends = {end, *(ends if isinstance(ends, list) else [ends])}
+    plain = tokenizer.chat_template is None
+    if plain:
+        tokenizer.chat_template = PLAIN_CHAT
 
-    def render(context: list | None, prompt: str | list) -> list[int]:
-        turns = context or (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
-        if template is None:
-            return open_ids(plain_chat(turns))
-        advice = "if it has no system role, give the context as user and assistant turns (a JSON file)"
-        try:
+    def render(context, prompt):
+        """A system turn of the prompt's own joins that of the context."""
+        system, turns = split_system(as_turns("system", context) + as_turns("user", prompt))
+        if system:
+            turns = as_turns("system", "\n\n".join(system)) + turns
+        with reading(
+            f"{name}: its chat template; if it has no system role, give C as turns (.json)"
+        ):
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise BadInput(f"{name}: its chat template refuses this chat ({str(error).splitlines()[0]}); {advice}") from None
-        for turn in turns:                                                           # some drop a system turn without a word
-            if turn["content"].strip() not in text:
-                raise BadInput(f"{name}: its chat template drops a {turn['role']} turn; {advice}")
-        return encode(text)
+            for turn in turns:  # some drop a system turn without a word
+                if turn["content"].strip() not in text:
+                    raise ValueError(f"it drops a {turn['role']} turn")
+        return tokenizer.encode(text, add_special_tokens=plain)  # else the template has placed them
 
-    written = (lambda text: encode(" " + text)) if template is None else encode      # "Answer:" and then a space
-    return Chat(render, written, decode, end if end is not None else min(ends), ends)
+    def encode(text):
+        return tokenizer.encode(" " * plain + text, add_special_tokens=False)  # "Answer: yes"
+
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    return Chat(render, encode, decode, end, frozenset(ends))
 
 
-# ------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 def final_number(text: str) -> Decimal | None:
     """The last number in a text, as GSM8K is graded: "... so 1,234.50 in all." -> 1234.5"""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-def make_scorer(spec: str, rows: list[dict]) -> Callable[[str, dict], float] | None:
-    """--score -> f(answer's text, the line as read) -> score, or None where KL and samples have to do.
+SCORES = {  # (the answer's text, what is wanted) -> right?
+    "exact": lambda text, wanted: text.strip() == wanted.strip(),
+    "contains": lambda text, wanted: wanted.lower() in text.lower(),  # in whatever case
+    "regex": lambda text, wanted: bool(re.search(wanted, text)),
+    # the last ones of the two; none in what is wanted, Decimal(None), is an error
+    "number": lambda text, wanted: final_number(text) == Decimal(final_number(wanted)),
+}
 
-    exact     the answer, white space at the ends apart       contains  the answer occurs, in whatever case
-    regex     the answer, a pattern, is found                 number    the last numbers of the two are equal
-    contains:TEXT and regex:PATTERN ask the same of every prompt. path.py:function is your own Python, and is run.
+
+def make_scorer(spec: str, rows: list) -> Callable | None:
+    """--score -> f(answer's text, the line as read) -> score, or None where KL and samples have
+    to do.
+
+    The names in SCORES compare with each line's "answer"; contains:TEXT and regex:PATTERN ask
+    the same of every prompt. path.py:function is your own Python, and is run.
     """
-    name, colon, argument = spec.partition(":")
     if spec == "none":
         return None
-    if name not in ("exact", "contains", "regex", "number"):
-        return own_scorer(spec)
-    if name in ("exact", "number") and colon:
-        raise BadInput(f"--score {spec}: {name} compares with each line's \"answer\" and takes nothing after the colon")
-    wanted = lambda row: argument or row["answer"]
-    for row in rows:
-        if not argument and "answer" not in row:
-            raise BadInput(f"{row['where']}: --score {name} needs an \"answer\"")
-        if name == "number" and final_number(row["answer"]) is None:
-            raise BadInput(f"{row['where']}: --score number, but there is no number in the \"answer\"")
-        if name == "regex":
-            try:
-                re.compile(wanted(row))
-            except re.error as error:
-                raise BadInput(f"{row['where']}: not a regular expression: {error}") from None
-    return {
-        "exact": lambda text, row: float(text.strip() == row["answer"].strip()),
-        "contains": lambda text, row: float(wanted(row).lower() in text.lower()),
-        "regex": lambda text, row: float(bool(re.search(wanted(row), text))),
-        "number": lambda text, row: float(final_number(text) == final_number(row["answer"])),
-    }[name]
+    name, _, argument = spec.partition(":")
+    path, _, function = spec.rpartition(":")
 
+    def judge(text, row):
+        return SCORES[name](text, argument or row["answer"])
 
-def own_scorer(spec: str) -> Callable[[str, dict], float]:
-    path, colon, function = spec.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise BadInput(f"--score {spec!r}: choose from none, exact, contains, regex, number, contains:TEXT, regex:PATTERN, path.py:function")
-    if not Path(path).is_file():
-        raise BadInput(f"--score {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:                                                       # the user's code: anything may come
-        raise BadInput(f"--score {spec}: {path} fails when it is loaded: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, function, None)):
-        raise BadInput(f"--score {spec}: {path} has no function {function}")
+    if name not in SCORES:
+        with reading(f"--score {spec}"):
+            if not path.endswith(".py"):
+                names = ", ".join(SCORES)
+                raise ValueError(f"none, {names}, contains:TEXT, regex:PATTERN or path.py:function")
+            judge = runpy.run_path(path)[function]
 
-    def score(text: str, row: dict) -> float:
-        try:
-            value = float(getattr(module, function)(text, row))
-            if value != value:
-                raise ValueError("the score is not a number")
+    def score(text, row):
+        with reading(f"{row['where']}: --score {spec} on {text!r}"):
+            value = float(judge(text, row))
+            if not math.isfinite(value):
+                raise ValueError(f"{value} is no score")
             return value
-        except Exception as error:
-            raise BadInput(f"--score {spec}: {function}({text!r}, ...) fails for {row.get('where')}: {type(error).__name__}: {error}") from error
 
+    for row in rows if name in SCORES else []:  # a missing answer or a bad pattern shows up now
+        score("", row)
     return score
 
 
-# ------------------------------------------------------------------------------------------------------- the task
-def teacher_turns(row: dict, context: list[dict], template: str | None, shots: list[dict]) -> list[dict]:
-    """The teacher's whole chat: system turn, example turns, shots, and the prompt itself, each type by its template."""
-    own = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-    context = [{"role": "system", "content": row["context"]}] if isinstance(row.get("context"), str) else row.get("context", context)
-    system, own_system = ("".join(turn["content"] for turn in turns[:1] if turn["role"] == "system") for turns in (context, own))
-    context, own = ([turn for turn in turns if turn["role"] != "system"] for turns in (context, own))
-    if template and "{context}" in template:                                         # example turns alone: the instruction alone
-        system = fill(template, {"context": system}).strip()
-    system = [text for text in (system, own_system) if text]  # q4: turns in the order system, context, shots, own; x and shots dressed
-    turns = [{"role": "system", "content": "\n\n".join(system)}] if system else []
-    turns += context
-    dressed = lambda prompt, row: fill(template, {
-        "prompt": prompt, "demonstration": row.get("demonstration") or row.get("answer", ""),
-        "solution": row.get("solution") or row.get("answer", "")}) if template and "{prompt}" in template else prompt
+# ======================================================================== 5. a task from your files
+def dressed(template, row, attempt=""):
+    """The prompt as it is read with C: its last turn in the template."""
+    *earlier, last = as_turns("user", row["prompt"])
+    if "{prompt}" in template:
+        values = row | {"prompt": last["content"], "attempt": attempt}
+        last = {"role": "user", "content": fill(template, values)}
+    return [*earlier, last]
+
+
+def file_example(kind, context, template, row, shots=()):
+    """C is a system turn, example turns, and shots: other lines with their answers, dressed
+    alike."""
+    system, turns = split_system(as_turns("system", row.get("context", context)))
+    text = "".join(system)
+    if "{context}" in template:  # where C is example turns alone, its own words are the system turn
+        text = fill(template, {"context": text}).strip()
+    context = as_turns("system", text or None) + turns
     for shot in shots:
-        turns += [{"role": "user", "content": dressed(shot["prompt"], shot)}, {"role": "assistant", "content": expert(shot)}]
-    return [*turns, *own[:-1], {"role": "user", "content": dressed(own[-1]["content"], row)}]
+        context += dressed(template, shot) + as_turns("assistant", expert(shot))
+    said = expert(row)
+    answer, asked = row.get("answer", said), dressed(template, row)
+    return Example(kind, context or None, row["prompt"], answer, said, asked, row)
 
 
-def expert(row: dict) -> str:
-    """What the data holds up as an answer: SFT's target and the answer shown in a shot."""
-    return row.get("demonstration") or row.get("solution") or row.get("answer") or ""
+def read_showing(cfg, rows, heldout):
+    """How C is shown -> (context file's turns or None, template, number of shots, lines they
+    come from)"""
+    kind = KINDS[cfg.context]
+    context = read_context(cfg.context_file) if cfg.context_file else None
+    shots = kind.shots if cfg.shots is None else cfg.shots
+    template = read_text(cfg.template) if cfg.template else kind.template
+    found, needed = (set(re.findall(r"\{\w+\}", text)) for text in (template, kind.template))
+    if found != needed:
+        raise BadInput(f"{cfg.template}: the names in braces must be {' '.join(sorted(needed))}")
+    pool = {row["prompt"]: row for row in rows if isinstance(row["prompt"], str) and expert(row)}
+    if 0 < shots >= len(pool):
+        raise BadInput(
+            f"{cfg.prompts}: too few different prompts in text with an answer for --shots {shots}"
+        )
+    elsewhere = "context" in kind.needs and (context or shots)
+    if kind.shots and shots:  # example turns need no template
+        if cfg.template:
+            raise BadInput("--template needs --shots 0: else the examples are chat turns")
+        elsewhere, template = True, ""
+    if kind.needs and not elsewhere:
+        demand(
+            rows + heldout, kind.needs, f"--context {cfg.context} without --context-file or --shots"
+        )
+    return context, template, shots, list(pool.values())
 
 
-def file_task(cfg, chat: Chat, max_len: int, size: int) -> Task:
-    """A task from the user's files; `cfg` is train.Config. Everything that can be wrong with them is found here, before
-    any weight is loaded."""
-    kind, rows = cfg.context, read_prompts(cfg.prompts)
-    heldout = read_prompts(cfg.heldout) if cfg.heldout else rows[7::8]
-    if not cfg.heldout:
-        rows = [row for i, row in enumerate(rows) if i % 8 != 7]                     # every eighth line is held out
-    if not heldout:
-        raise BadInput(f"{cfg.prompts}: {len(rows)} prompts are too few to hold out every eighth; add some, or give --heldout FILE")
-    key = lambda row: json.dumps(row["prompt"])
-    known = {key(row): row for row in rows}
-    if twice := [row for row in heldout if key(row) in known]:
-        print(f"warning: {len(twice)} held-out prompts are also trained on, the first at {twice[0]['where']} and "
-              f"{known[key(twice[0])]['where']}: their scores say nothing about new prompts", file=sys.stderr)
+def check_length(chat, example, new, max_len):
+    """No prompt is ever cut."""
+    for prompt in (student_prompt, teacher_prompt):
+        over = len(prompt(chat, example)) + new - max_len
+        if over > 0:
+            raise BadInput(
+                f"{example.row['where']}: {prompt.__name__} and {new} new tokens exceed "
+                f"the model's {max_len} positions by {over}: shorten it, or --max-new-tokens"
+            )
 
-    # What shows C to the teacher: a context file, shots drawn from the training lines, a template around the prompt.
-    context = read_context(cfg.context_file) if cfg.context_file else []
-    pooled = kind == "demonstrations" and cfg.demonstrations == "pool"
-    shots = cfg.shots if cfg.shots is not None else 4 if pooled else 0
-    template = None if pooled else read_text(cfg.template) if cfg.template else TEMPLATES[kind]
-    if pooled and cfg.template:
-        raise BadInput("--template is not used with --demonstrations pool, whose demonstrations are chat turns")
-    if cfg.template and set(re.findall(r"\{(\w+)\}", template)) != set(PLACEHOLDERS[kind]):
-        needed = " and ".join(f"{{{name}}}" for name in PLACEHOLDERS[kind])
-        raise BadInput(f"{cfg.template}: a template for {kind} needs {needed}, and no other name in braces")
-    pool = [row for row in rows if expert(row) and isinstance(row["prompt"], str)]
-    if shots >= max(1, len({row["prompt"] for row in pool})):
-        raise BadInput(f"{cfg.prompts}: --shots {shots} needs more than {shots} different prompts in text, with a \"demonstration\", "
-                       f"\"solution\" or \"answer\"; there are {len(pool)} such lines")
-    if pooled and not shots and not context and not all(row.get("context") for row in rows + heldout):
-        raise BadInput("--shots 0 leaves the teacher without any demonstration")
-    if (cfg.context_file or "").lower().endswith(".jsonl"):
-        solved = {key(row) for row in read_prompts(cfg.context_file)}
-        if shown := [row for row in heldout if key(row) in solved]:
-            print(f"warning: {cfg.context_file} shows the teacher the solution of {shown[0]['where']} and {len(shown) - 1} other "
-                  "held-out prompts", file=sys.stderr)
-    for row in rows + heldout:
-        if not pooled and kind == "demonstrations" and not (row.get("demonstration") or row.get("answer")):
-            raise BadInput(f"{row['where']}: --demonstrations own needs a \"demonstration\" in every line")
-        if kind == "privileged" and not (row.get("solution") or row.get("answer")):
-            raise BadInput(f"{row['where']}: the context of type privileged is each line's \"solution\" or \"answer\"; it has neither")
-        if kind in ("specification", "instructions") and not context and not row.get("context") and not shots:
-            raise BadInput(f"{row['where']}: no context: give --context-file, or a \"context\" in every line")
-    if cfg.method in ("sft", "asft", "gkd") and (without := [row for row in rows if not expert(row)]):
-        raise BadInput(f"{without[0]['where']}: --method {cfg.method} needs something to imitate in every line, "
-                       "a \"demonstration\", \"solution\" or \"answer\"; --method cosd does not")
 
-    def example(row: dict, shown: list[dict]) -> Example:
-        return Example(kind, teacher_turns(row, context, template, shown), row["prompt"],
-                       row.get("answer") or expert(row), expert(row), row)
+def warn_of_leaks(heldout, seen, path):
+    known = {json.dumps(row["prompt"]) for row in seen}
+    leaks = [row["where"] for row in heldout if json.dumps(row["prompt"]) in known]
+    if leaks:
+        said = f"warning: {path} shows {len(leaks)} held-out prompts, the first is {leaks[0]}"
+        print(f"{said}: their scores say nothing about new prompts", file=sys.stderr)
 
-    def draw_shots(rng: random.Random, row: dict) -> list[dict]:                     # never the prompt's own
-        return rng.sample([other for other in pool if other["prompt"] != row["prompt"]], shots) if shots else []
 
-    def draw(rng: random.Random) -> Example:
-        row = rng.choice(rows)
-        return example(row, draw_shots(rng, row))
+def every_eighth(path, make=dict):
+    """-> (what is trained on, what is held out)"""
+    rows = [make(row) for row in read_prompts(path)]
+    if len(rows) < 8:
+        raise BadInput(f"{path}: every eighth line is held out, but there are {len(rows)}")
+    return [row for i, row in enumerate(rows) if i % 8 != 7], rows[7::8]
 
-    anchors = read_prompts(cfg.anchor_file) if cfg.anchor_file else []
-    if len(anchors) == 1:
-        raise BadInput(f"{cfg.anchor_file}: one prompt is too few: every eighth, one at least, is held out for the drift")
-    plain = [Example("anchor", teacher_turns(row, [], None, []), row["prompt"], expert(row), expert(row), row) for row in anchors]
-    if cfg.replay == "real" and (without := [e for e in plain if not e.answer]):
-        raise BadInput(f"{without[0].row['where']}: --replay real needs an \"answer\" in every line of --anchor_file")
-    longest = sorted(pool, key=lambda row: -len(chat.encode(row["prompt"] + expert(row))))[:shots]
-    worst = [example(row, longest) for row in rows + heldout]
-    imitated = lambda e: cfg.replay == "real" if e.kind == "anchor" else cfg.method in ("sft", "asft", "gkd")
-    for e in (*worst, *plain):
-        for who, ids in (("the prompt", chat.render(None, e.prompt)), ("prompt with context", chat.render(e.context, e.prompt))):
-            new = max(cfg.max_new_tokens, len(chat.encode(e.expert)) + 1 if imitated(e) else 0)
-            if (needed := len(ids) + new) > max_len:
-                raise BadInput(f"{e.row['where']}: {who} ({len(ids)} tokens) and {new} new tokens exceed the model's "
-                               f"{max_len} positions by {needed - max_len}: shorten the context, or lower --max_new_tokens")
-    scorer = make_scorer(cfg.score, heldout)
-    rng = random.Random("held-out shots")
-    shown = [example(row, draw_shots(rng, row)) for row in heldout + rows]
-    teacher_prompts = [chat.render(e.context, e.prompt) for e in shown]
-    shared = os.path.commonprefix(teacher_prompts)[: min(map(len, teacher_prompts)) - 1]
-    kept = plain[7::8] or plain[-1:]                                                 # for the drift, never trained on
-    trained = [e for e in plain if e not in kept]
+
+def old_prompt(row):
+    return Example("anchor", row.get("context"), row["prompt"], "", "", row=row)
+
+
+def read_paragraphs(path, chat, max_len):
+    rows = [chat.encode(text.strip())[:max_len] for text in read_text(path).split("\n\n")]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise BadInput(f"{path}: no paragraph has two tokens")
+    return rows
+
+
+def file_task(cfg, chat: Chat, max_len: int) -> Task:
+    """A task from the user's files; `cfg` is train.Config. Everything that can be wrong with
+    them is found here, before any weight is loaded."""
+    if cfg.heldout:
+        rows, heldout = read_prompts(cfg.prompts), read_prompts(cfg.heldout)
+    else:
+        rows, heldout = every_eighth(cfg.prompts)
+    warn_of_leaks(heldout, rows, cfg.prompts)
+    if str(cfg.context_file).lower().endswith(".jsonl"):
+        warn_of_leaks(heldout, read_prompts(cfg.context_file), cfg.context_file)
+    imitated = cfg.method in ("sft", "gkd")
+    if imitated:
+        demand(rows, EXPERT, f"--method {cfg.method}")
+    context, template, shots, pool = read_showing(cfg, rows, heldout)
+    show = partial(file_example, cfg.context, context, template)
+    scorer, anchors, kept = make_scorer(cfg.score, heldout), [], []
+    if cfg.anchor_file:
+        anchors, kept = every_eighth(cfg.anchor_file, old_prompt)
+    paragraphs = read_paragraphs(cfg.unrelated, chat, max_len) if cfg.unrelated else ()
+
+    # Lengths, with the longest shots that could be drawn.
+    pool.sort(key=lambda row: len(chat.encode(row["prompt"] + expert(row))))
+    longest = pool[len(pool) - shots :]
+    new = cfg.max_new_tokens
+    attempt = new if "{attempt}" in template else 0
+    for e in [show(row, longest) for row in rows + heldout] + anchors + kept:
+        written = len(chat.encode(e.expert)) + 1 if imitated else 0
+        check_length(chat, e, max(new, written) + attempt, max_len)
+
+    def draw(rng, row=None):
+        row = rng.choice(rows) if row is None else row
+        # one too many, as the prompt's own line is never shown
+        others = rng.sample(pool, shots + 1) if shots else []
+        return show(row, [shot for shot in others if shot["prompt"] != row["prompt"]][:shots])
+
+    def draw_anchor(rng):
+        return rng.choice(anchors)
+
+    def grade(example, text):
+        return {} if scorer is None else {"score": scorer(text, example.row)}
+
+    def after(example, attempt):
+        return replace(example, asked=dressed(template, example.row, attempt))
+
+    rng = seeded("held-out shots")
+    shown = [draw(rng, row) for row in heldout + rows]
+    prompts = [teacher_prompt(chat, example) for example in shown]
     return Task(
-        kind, chat, draw, (lambda rng: rng.choice(trained)) if trained else None, None,
-        shown[: min(size, len(heldout))], {"anchors": kept[:size]} if plain else {},
-        lambda e, text: {"score": scorer(text, e.row)} if scorer else {}, shared)
+        cfg.context,
+        chat,
+        draw,
+        draw_anchor if anchors else None,
+        shown[: len(heldout)][: cfg.eval_size],
+        {"anchors": kept[: cfg.eval_size]} if kept else {},
+        grade,
+        os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1],
+        after if "{attempt}" in template else KINDS[cfg.context].after,
+        paragraphs=paragraphs,
+    )

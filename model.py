@@ -1,21 +1,24 @@
 """One decoder-only GPT: the student, the teacher and the base are all instances of this file.
 
-Wide enough to hold GPT-2 (LayerNorm, learned positions, GELU, biases, tied head) and the Llama / Qwen
-family (RMSNorm, rotary positions, SwiGLU, grouped-query heads, q/k norm): each difference is one field of
-`GPTConfig`. What the config cannot represent is refused by name, never approximated. Their weights come in from
-safetensors and go out again, exactly. Left out: mixture of experts, sliding windows, quantization, several devices.
+Wide enough to hold GPT-2 (LayerNorm, learned positions, GELU, biases, tied head) and the Llama /
+Qwen family (RMSNorm, rotary positions, SwiGLU, grouped-query heads, q/k norm): each difference is
+one field of `GPTConfig`. What the config cannot represent is refused by name, never approximated.
+Their weights come in from safetensors and go out again, exactly. Left out: dropout, mixture of
+experts, sliding windows, quantization, several devices.
 
 Four ideas carry the file:
-  hidden, then project   `hidden` gives (B, T, D); only the positions that need a prediction go through `head`.
-  slot = position        The KV cache keeps the token at position p in slot p. Prompts of different lengths are
-                         padded on the right; a pad sits in a slot that no query may see until a real
-                         token has overwritten it. No position ids, no padding mask.
-  shared prefix          A context that all rows share is read once, as one row; only gradient or a short one is worth a copy per row.
-  adapters               LoRA is two more factors in a `Linear`; switched off, the model is the base it started from.
+  hidden, then project   `hidden` gives (B, T, D); only the positions that need a prediction go
+                         through `head`.
+  slot = position        The KV cache keeps the token at position p in slot p. Prompts of different
+                         lengths are padded on the right; a pad sits in a slot that no query may see
+                         until a real token has overwritten it. No position ids, no padding mask.
+  shared prefix          A context that all rows share is read once, as one row.
+  adapters               LoRA is two more factors in a `Linear`; without them the model is its base.
 
 Dimension key
   B batch   T tokens in this call   S cache slots   P tokens of the shared prefix   V vocabulary
-  D model width   F MLP width   H query heads   K key/value heads   G = H/K query heads per key head   E head width
+  D model width   F MLP width   E head width   H query heads   K key/value heads
+  G = H/K query heads per key head
   r rank of the adapters
 """
 
@@ -24,24 +27,23 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-# ------------------------------------------------------------------------------------------------ config
-ROPE_SCALINGS = {                                                      # type: what it needs to know
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+# ------------------------------------------------------------------------------------------- config
+CHOICES = {
+    "norm": ("rms", "layer"),
+    "positions": ("rotary", "learned"),
+    "mlp": ("swiglu", "gelu", "gelu_tanh"),
 }
 
 
@@ -53,162 +55,163 @@ class GPTConfig:
     n_layer: int = 3
     d_model: int = 128
     n_head: int = 4
-    n_kv_head: int = 4                     # fewer than n_head: grouped-query attention
-    head_dim: int = 32                     # need not be d_model / n_head
+    n_kv_head: int = 4  # fewer than n_head: grouped-query attention
+    head_dim: int = 32  # need not be d_model / n_head
     d_ff: int = 384
-    max_len: int = 512                     # position limit: shared prefix + prompt + completion
-    norm: Literal["rms", "layer"] = "rms"
+    max_len: int = 512  # position limit: shared prefix + prompt + completion
+    norm: str = "rms"
     norm_eps: float = 1e-5
-    positions: Literal["rotary", "learned"] = "rotary"
+    positions: str = "rotary"
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None       # {"rope_type": "linear" | "llama3", "factor": ..., ...}
-    mlp: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    mlp: str = "swiglu"
     qkv_bias: bool = False
-    out_bias: bool = False                 # of the attention's output projection
+    out_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False                  # RMSNorm over each head's query and key (Qwen3)
-    tied: bool = True                      # the head is the embedding, transposed
-    dropout: float = 0.0
+    qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3)
+    tied: bool = True  # the head is the embedding, transposed
 
     def __post_init__(self):
-        hints = get_type_hints(GPTConfig)
-        for field in fields(self):
-            value, kind = getattr(self, field.name), hints[field.name]
-            if get_origin(kind) is Literal and value not in get_args(kind):
-                raise ValueError(f"GPTConfig.{field.name}={value!r} is not supported; "
-                                 f"choose from {', '.join(get_args(kind))}")
-            if kind is int and value < 1:
-                raise ValueError(f"GPTConfig.{field.name}={value} must be at least 1")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"GPTConfig: n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"GPTConfig: rotary positions need an even head_dim, not {self.head_dim}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"GPTConfig.dropout={self.dropout} must be in [0, 1)")
-        if self.rope_scaling:
-            kind = self.rope_scaling.get("rope_type")
-            if kind not in ROPE_SCALINGS:
-                raise ValueError(f"GPTConfig.rope_scaling type {kind!r} is not supported; choose from {', '.join(ROPE_SCALINGS)}")
-            if missing := ROPE_SCALINGS[kind] - self.rope_scaling.keys():
-                raise ValueError(f"GPTConfig.rope_scaling of type {kind} lacks {', '.join(sorted(missing))}")
+        if min(astuple(self)[:8]) < 1:  # from vocab_size to max_len
+            raise ValueError(f"every size must be at least 1: {self}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"GPTConfig.{name}={getattr(self, name)!r}: choose from {choices}")
+        if self.n_head % self.n_kv_head or (self.positions == "rotary" and self.head_dim % 2):
+            raise ValueError("n_head must be a multiple of n_kv_head, a rotary head_dim even")
+        scaling = (self.rope_scaling or {"rope_type": "linear"})["rope_type"]
+        if scaling not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling of type {scaling!r}: neither linear nor llama3")
 
     def n_params(self) -> int:
-        """The parameter count as a formula; a test holds it against the module."""
-        D, E, H, K, N = self.d_model, self.head_dim, self.n_head, self.n_kv_head, self.n_layer
-        norm = D * (2 if self.norm == "layer" else 1)
-        qkv = E * (H + 2 * K)
-        attention = D * qkv + self.qkv_bias * qkv + H * E * D + self.out_bias * D + self.qk_norm * 2 * E
-        mats = 3 if self.mlp == "swiglu" else 2
-        mlp = mats * D * self.d_ff + self.mlp_bias * ((mats - 1) * self.d_ff + D)
-        embeddings = self.vocab_size * D * (1 if self.tied else 2) + (self.positions == "learned") * self.max_len * D
-        return embeddings + N * (attention + mlp + 2 * norm) + norm
+        """The parameter count, from a model without memory."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in GPT(self).parameters())
 
 
-# ---------------------------------------------------------------------------------------------- KV cache
+# ----------------------------------------------------------------------------------------- KV cache
 class KVCache:
-    """Keys and values of what has been read, for decoding and for continuing what several rows share.
+    """Keys and values of what has been read, for decoding and for continuing what several rows
+    share.
 
-    Row b's token at position p lies in slot p; a query at position p sees the slots <= p. So whatever lies
-    beyond a row's own position (padding, say) is invisible, and is overwritten as the row grows.
-    `prefix` is another cache of a single row (see `GPT.read`); the slots then count from its end.
-    Growing a cache writes in place, without gradient. One that is filled by a single call keeps that call's own tensors:
-    gradient flows through them, also from the rows into a shared prefix.
+    Row b's token at position p lies in slot p; a query at position p sees the slots <= p. So
+    whatever lies beyond a row's own position (padding, say) is invisible, and is overwritten as the
+    row grows. `prefix` is another cache of a single row (see `GPT.read`); the slots then count from
+    its end. Growing a cache writes in place, without gradient. One that is filled by a single call
+    keeps that call's own tensors: gradient flows through them, also from the rows into a shared
+    prefix.
     """
 
     def __init__(self, config: GPTConfig, batch: int, capacity: int, prefix: KVCache | None = None):
         self.config, self.capacity, self.prefix = config, capacity, prefix
-        self.keys: list[Tensor | None] = [None] * config.n_layer       # each (B, K, S, E)
-        self.values: list[Tensor | None] = [None] * config.n_layer
-        self.offset = prefix.used if prefix else 0                     # positions taken by the prefix
-        self.length = torch.zeros(batch, dtype=torch.long)             # tokens read so far, per row
-        self.used = 0                                                  # upper bound of length, known without a device sync
+        self.keys = [None] * config.n_layer  # each (B, K, S, E)
+        self.values = [None] * config.n_layer
+        self.offset = prefix.used if prefix else 0  # positions taken by the prefix
+        self.length = torch.zeros(batch, dtype=torch.long)  # tokens read so far, per row
+        self.used = 0  # upper bound of length, known without a device sync
 
-    def spread(self, batch: int, capacity: int) -> KVCache:
-        """What this one row has read, as the beginning of `batch` rows that go on in a cache of their own."""
-        cache = KVCache(self.config, batch, capacity)
-        cache.keys, cache.values = ([F.pad(read.expand(batch, -1, -1, -1), (0, 0, 0, capacity - self.used)) for read in mine]
-                                    for mine in (self.keys, self.values))
-        cache.length, cache.used = self.length.repeat(batch), self.used
-        return cache
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        """Store this call's k, v (B, K, T, E) in `slots` (B, T), then attend q (B, H, T, E) to all visible slots."""
+    def attend(self, layer: int, q, k, v, slots) -> Tensor:
+        """Store this call's k, v (B, K, T, E) in `slots` (B, T), then attend q (B, H, T, E) to what
+        it may see."""
         if k.shape[2] == self.capacity:
             self.keys[layer], self.values[layer] = k, v
         else:
             if self.keys[layer] is None:
-                shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
+                shape = (*k.shape[:2], self.capacity, k.shape[3])
                 self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)  # q3: k and v go into self.keys and self.values of this layer
-            self.keys[layer][rows, :, slots] = k.transpose(1, 2)       # (B, T, K, E)
+            # autocast may be on now and have been off before
+            k, v = k.to(self.keys[layer]), v.to(self.keys[layer])
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+            self.keys[layer][rows, :, slots] = k.transpose(1, 2)  # (B, T, K, E)
             self.values[layer][rows, :, slots] = v.transpose(1, 2)
-        keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]  # q3: which slots may a query see?
-        visible = torch.arange(self.used, device=k.device) <= slots[..., None]   # (B, T, S)
+        keys = self.keys[layer][:, :, : self.used]
+        values = self.values[layer][:, :, : self.used]
+        visible = torch.arange(self.used, device=k.device) <= slots[..., None]  # (B, T, S)
         if self.prefix is None:
-            grouped = q.shape[1] != k.shape[1]
-            return attend(q, keys, values, attn_mask=visible[:, None], enable_gqa=grouped)
-        return attend_with_prefix(q, self.prefix.keys[layer], self.prefix.values[layer], keys, values, visible)
+            return attend(q, keys, values, attn_mask=visible[:, None])
+        shared = self.prefix.keys[layer], self.prefix.values[layer]
+        return attend_with_prefix(q, *shared, keys, values, visible)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
-    """PyTorch's fused attention. Training on a CPU it runs in fp32: the half-precision backward pass takes six times as long there."""
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, **how)
+def attend(q, k, v, **how) -> Tensor:
+    """PyTorch's fused attention, q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E).
 
-
-def attend_with_prefix(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """One softmax over [shared prefix ; own slots], equal to attention over their concatenation.
-
-    q (B, H, T, E); prefix_k, prefix_v (1, K, P, E); k, v (B, K, S, E); visible (B, T, S) -> (B, H, T, E).
-    The queries of all rows are laid side by side against the one prefix: a plain matrix product, no (B, K, P, E) copy.
-    With gradient the copy is made: autograd would keep all scores, quadratic in length, where the fused kernel keeps none.
+    Training on a CPU it runs in fp32: the half-precision backward pass takes six times as long
+    there.
     """
-    (B, H, T, E), K = q.shape, k.shape[1]
+    fused = F.scaled_dot_product_attention
+    how["enable_gqa"] = q.shape[1] != k.shape[1]
+    if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            return fused(q.float(), k.float(), v.float(), **how).to(q.dtype)
+    return fused(q, k, v, **how)
+
+
+def attend_with_prefix(q, prefix_k, prefix_v, k, v, visible) -> Tensor:
+    """Attention over [shared prefix ; own slots], equal to attention over their concatenation.
+
+    q (B, H, T, E); prefix_k, prefix_v (1, K, P, E); k, v (B, K, S, E); visible (B, T, S)
+    -> (B, H, T, E).
+    With gradient the plain version: a copy of the prefix for every row, and the fused kernel keeps
+    no scores for the backward pass. Without, no copy: all rows' queries lie side by side against
+    the one prefix.
+    """
     if torch.is_grad_enabled():
-        keys, values = (torch.cat([shared.expand(B, -1, -1, -1), own], dim=2) for shared, own in ((prefix_k, k), (prefix_v, v)))
-        seen = torch.cat([visible.new_ones(*visible.shape[:2], prefix_k.shape[2]), visible], dim=2)     # (B or 1, T, P + S)
-        return attend(q, keys, values, attn_mask=seen[:, None], enable_gqa=H != K)
-    G = H // K
-    q = q.reshape(B, K, G * T, E) / math.sqrt(E)                                        # head h uses key head h // G
-    q_flat = q.transpose(0, 1).reshape(K, B * G * T, E)
-    to_prefix = (q_flat @ prefix_k[0].transpose(-1, -2)).view(K, B, G * T, -1).transpose(0, 1)   # (B, K, GT, P)
-    to_own = q @ k.transpose(-1, -2)                                                    # (B, K, GT, S)
-    to_own = to_own.masked_fill(~visible.repeat(1, G, 1)[:, None], float("-inf"))
-    scores = torch.cat([to_prefix, to_own], dim=-1)                                     # (B, K, GT, P + S)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+        keys = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)  # (B, K, P + S, E)
+        values = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
+        visible = F.pad(visible, (prefix_k.shape[2], 0), value=True)  # (B or 1, T, P + S)
+        return attend(q, keys, values, attn_mask=visible[:, None])
+    B, H, T, E = q.shape
+    # head h uses key head h // G: (B, K, G, T, E)
+    q = q.reshape(B, k.shape[1], -1, T, E) / math.sqrt(E)
+    to_prefix = torch.einsum("bkgte,kpe->bkgtp", q, prefix_k[0])
+    to_own = torch.einsum("bkgte,bkse->bkgts", q, k)
+    to_own = to_own.masked_fill(~visible[:, None, None], float("-inf"))
+    scores = torch.cat([to_prefix, to_own], dim=-1)  # (B, K, G, T, P + S)
+    weights = scores.softmax(-1).to(v.dtype)  # softmax sums in fp32 by itself
     on_prefix, on_own = weights.split([prefix_k.shape[2], k.shape[2]], dim=-1)
-    out = on_prefix.transpose(0, 1).reshape(K, B * G * T, -1) @ prefix_v[0]             # (K, B·GT, E)
-    out = out.view(K, B, G * T, E).transpose(0, 1) + on_own @ v                         # (B, K, GT, E)
+    out = torch.einsum("bkgtp,kpe->bkgte", on_prefix, prefix_v[0])
+    out = out + torch.einsum("bkgts,bkse->bkgte", on_own, v)
     return out.reshape(B, H, T, E)
 
 
-# ---------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 def rotary_frequencies(config: GPTConfig) -> Tensor:
-    """Angle per position of each pair of dimensions, (E/2,). Scalings: `linear` stretches all wavelengths;
-    `llama3` stretches the long ones, keeps the short ones and blends in between (Llama 3.1)."""
-    freq = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    """Angle per position of each pair of dimensions, (E/2,). Scalings: `linear` stretches all
+    wavelengths; `llama3` stretches the long ones, keeps the short ones and blends in between (Llama
+    3.1)."""
+    pairs = torch.arange(0, config.head_dim, 2, device="cpu").float()
+    freq = config.rope_theta ** (-pairs / config.head_dim)
     scaling = config.rope_scaling
-    if scaling is None:
+    if not scaling:
         return freq
     if scaling["rope_type"] == "linear":
         return freq / scaling["factor"]
-    original, low, high = scaling["original_max_position_embeddings"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = original * freq / (2 * math.pi)                            # full turns within the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    turns = original * freq / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * freq + (1 - keep) * freq / scaling["factor"]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout of Hugging Face's Llama. x (B, H, T, E); cos, sin (B or 1, 1, T, E/2)."""
-    a, b = x.chunk(2, dim=-1)                                          # fp32 from here: cos and sin are
+def rotate(x: Tensor, cos, sin) -> Tensor:
+    """Rotary embedding in the half-split layout of Hugging Face's Llama. x (B, H, T, E); cos, sin
+    (B or 1, 1, T, E/2)."""
+    a, b = x.chunk(2, dim=-1)  # fp32 from here: cos and sin are
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def make_norm(config: GPTConfig, width: int) -> nn.Module:
+def make_norm(config: GPTConfig) -> nn.Module:
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(width, eps=config.norm_eps)
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class HeadNorm(nn.RMSNorm):
+    """In the weight's dtype, whatever comes in: under autocast the heads are half precision, the
+    weight is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -216,95 +219,98 @@ class Linear(nn.Linear):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_parameter("A", None)                             # (r, in)
-        self.register_parameter("B", None)                             # (out, r)
-        self.scale, self.adapting = 0.0, True
+        self.register_parameter("A", None)  # (r, in)
+        self.register_parameter("B", None)  # (out, r)
+        self.scale = 0.0  # α/r
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled():
-            y = (self.weight @ x[:, 0].T).T[:, None]                   # decoding: W xᵀ takes two thirds of the time of x Wᵀ (CPU, bf16)
-            y = y if self.bias is None else y + self.bias
-        else:
-            y = super().forward(x)
-        if self.A is None or not self.adapting:
+        y = super().forward(x)
+        if self.A is None:
             return y
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)
         return torch.add(y, F.linear(F.linear(x, self.A), self.B).to(y.dtype), alpha=self.scale)
 
     def merged(self) -> Tensor:
-        """W + (α/r) B A, with adapters in the adapters' dtype: rounded to a bf16 base's, small changes would be lost."""
-        return self.weight if self.A is None else self.weight.to(self.A.dtype) + self.scale * self.B @ self.A
+        """W + (α/r) B A in the adapters' dtype: rounded to that of a bf16 base, small changes would
+        be lost."""
+        if self.A is None:
+            return self.weight
+        return self.weight.to(self.A.dtype) + self.scale * self.B @ self.A
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        D, E, self.n_head, self.n_kv_head = config.d_model, config.head_dim, config.n_head, config.n_kv_head
-        self.q = Linear(D, self.n_head * E, bias=config.qkv_bias)
-        self.k = Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
-        self.v = Linear(D, self.n_kv_head * E, bias=config.qkv_bias)
-        self.out = Linear(self.n_head * E, D, bias=config.out_bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk")
-        self.dropout = config.dropout
+        D, E, self.head_dim = config.d_model, config.head_dim, config.head_dim
+        self.q = Linear(D, config.n_head * E, bias=config.qkv_bias)
+        self.k = Linear(D, config.n_kv_head * E, bias=config.qkv_bias)
+        self.v = Linear(D, config.n_kv_head * E, bias=config.qkv_bias)
+        self.out = Linear(config.n_head * E, D, bias=config.out_bias)
+        self.q_norm = HeadNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: tuple | None, cache: KVCache | None, layer: int, slots: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope, cache: KVCache | None, layer: int, slots: Tensor) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q(x).view(B, T, self.n_head, -1)).transpose(1, 2)       # (B, H, T, E)
-        k = self.k_norm(self.k(x).view(B, T, self.n_kv_head, -1)).transpose(1, 2)    # (B, K, T, E)
-        v = self.v(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        projected = [proj(x).view(B, T, -1, self.head_dim) for proj in (self.q, self.k, self.v)]
+        q, k, v = (heads.transpose(1, 2) for heads in projected)  # (B, H, T, E), (B, K, T, E) twice
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache:
             y = cache.attend(layer, q, k, v, slots)
         else:
-            dropout, grouped = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
-            y = attend(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))                         # (B, T, D)
+            y = attend(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        wide = partial(Linear, config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.gate = wide() if config.mlp == "swiglu" else None
-        self.up, self.down = wide(), Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        D, width, bias = config.d_model, config.d_ff, config.mlp_bias
+        self.gate = Linear(D, width, bias=bias) if config.mlp == "swiglu" else None
+        self.up = Linear(D, width, bias=bias)
+        self.down = Linear(width, D, bias=bias)
         self.gelu = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gate else self.gelu(self.up(x)))
+        if self.gate is None:
+            return self.down(self.gelu(self.up(x)))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm1, self.norm2 = make_norm(config, config.d_model), make_norm(config, config.d_model)
+        self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.attention, self.mlp = Attention(config), MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, *where) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), *where))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.attention(self.norm1(x), *where)
+        return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.source = None  # of a loaded model: the transformers config that it came with
+        self.checkpointing = False  # True: blocks are computed again in the backward pass
+        self.frequencies = rotary_frequencies(config)  # no buffer: `bfloat16()` must not round it
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.embed_position = nn.Embedding(config.max_len, config.d_model) if config.positions == "learned" else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.embed_position = None
+        if config.positions == "learned":
+            self.embed_position = nn.Embedding(config.max_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config, config.d_model)
+        self.norm = make_norm(config)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.checkpointing = False                                     # True: blocks are computed again in the backward pass
-        self.frequencies = rotary_frequencies(config)                  # no buffer: `model.bfloat16()` must not round the angles
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:                                    # GPT-2's init: 0.02 at width 768, residuals less
+            if parameter.dim() > 1:  # GPT-2's init: 0.02 at width 768, residuals less
                 std = 0.55 / math.sqrt(config.d_model)
-                residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if residual else std)
+                if name.endswith(("out.weight", "down.weight")):
+                    std /= math.sqrt(2 * config.n_layer)
+                nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -316,41 +322,41 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V); the logits at t predict token t + 1."""
         return self.head(self.hidden(ids, cache))
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None, embedded: Tensor | None = None) -> Tensor:
-        """ids (B, T) -> states after the final norm (B, T, D): `head` turns the chosen ones into logits.
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) -> states after the final norm (B, T, D): `head` turns the chosen ones into
+        logits.
 
-        With a cache ids continue each row where it stood, and the cache advances by T: under no_grad, unless this one
-        call fills it. `embedded` (B, T, D) are the ids' embeddings where they have been looked up already.
+        With a cache ids continue each row where it stood, and the cache advances by T: under
+        no_grad, unless this one call fills it.
         """
-        if ids.dim() != 2:
-            raise ValueError(f"ids must be (B, T), not {tuple(ids.shape)}")
-        (B, T), device = ids.shape, ids.device
+        (_, T), device = ids.shape, ids.device
         offset, used = (cache.offset, cache.used) if cache else (0, 0)
-        if (needed := offset + used + T) > self.config.max_len:
-            raise ValueError(f"{needed} positions (shared prefix {offset}, read before {used}, new {T}) "
-                             f"exceed the model's limit of {self.config.max_len} by {needed - self.config.max_len}")
-        slots = torch.arange(T, device=device)[None]                   # (1, T)
+        if (excess := offset + used + T - self.config.max_len) > 0:
+            raise ValueError(
+                f"{offset + used + T} positions (shared prefix {offset}, read {used}, new {T}) "
+                f"exceed the model's limit of {self.config.max_len} by {excess}"
+            )
+        slots = torch.arange(T, device=device)[None]  # (1, T)
         if cache:
             if torch.is_grad_enabled() and T != cache.capacity:
-                raise RuntimeError("a growing KV cache is written in place: use it under torch.no_grad()")
+                raise RuntimeError("a growing KV cache is written in place: use torch.no_grad()")
             if used + T > cache.capacity:
-                raise ValueError(f"the KV cache holds {cache.capacity} tokens per row, {used + T} needed")
+                raise ValueError(f"the cache holds {cache.capacity} tokens, {used + T} needed")
             cache.length = cache.length.to(device)
             if used:
-                slots = slots + cache.length[:, None]                  # (B, T): the rows have come to different lengths
+                slots = slots + cache.length[:, None]  # (B, T): rows have come to different lengths
             cache.used += T
         positions = slots + offset
-        x = self.embed(ids) if embedded is None else embedded          # (B, T, D)
+        x = self.embed(ids)  # (B, T, D)
         rope = None
         if self.embed_position:
             x = x + self.embed_position(positions)
         else:
             self.frequencies = self.frequencies.to(device)
-            angles = (positions[..., None] * self.frequencies)[:, None]   # (B or 1, 1, T, E/2), fp32
+            angles = (positions[..., None] * self.frequencies)[:, None]  # (B or 1, 1, T, E/2), fp32
             rope = angles.cos(), angles.sin()
-        x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():         # decoding has no gradient: it keeps its cache
+            if self.checkpointing and torch.is_grad_enabled():  # decoding keeps its cache
                 x = checkpoint(block, x, rope, cache, layer, slots, use_reentrant=False)
             else:
                 x = block(x, rope, cache, layer, slots)
@@ -358,357 +364,426 @@ class GPT(nn.Module):
             cache.length = cache.length + T
         return self.norm(x)
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> GPT:
-        """A GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint by hub name or folder; others are refused by name."""
-        return load_pretrained(name_or_folder, dtype)
-
-    def save_pretrained(self, folder: str | os.PathLike, tokenizer=None, eos: Collection[int] = ()) -> None:
-        """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read; adapters are folded in."""
-        save_pretrained(self, folder, tokenizer, eos)
-
-    def save_adapters(self, folder: str | os.PathLike, base: str = "") -> None:
-        """Write the adapters alone, as PEFT and vLLM read them; `base` is the name of the model that they belong to."""
-        save_adapters(self, folder, base)
-
-    def read(self, ids: Sequence[int], embedded: Tensor | None = None) -> KVCache:
+    def read(self, ids: Sequence[int]) -> KVCache:
         """Read a context once: the cache to hand as `prefix` to any batch that starts with it."""
         cache = KVCache(self.config, 1, len(ids))
-        self.hidden(torch.tensor([list(ids)], device=self.device), cache, embedded)
+        self.hidden(torch.tensor([list(ids)], device=self.device), cache)
         return cache
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, eos: Collection[int] = (), generator: torch.Generator | None = None,
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: Collection[int] = (),
+        generator: torch.Generator | None = None,
         prefix: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Continue each prompt -> (ids, mask), both (B, N) with N <= max_new_tokens.
 
-        A row ends at its first token in `eos`; `mask` is True up to and including it, False after. Temperature 0 is
-        greedy; then a row's tokens do not depend on the rest of the batch. Sampling is reproducible from `generator`.
-        With `prefix`, every prompt continues that shared context; without, what all prompts begin with (a system turn,
-        say) is found and read once. Dropout is off.
+        A row ends at its first token in `eos`; `mask` is True up to and including it, False after.
+        Temperature 0 is greedy; then a row's tokens do not depend on the rest of the batch.
+        Sampling is reproducible from `generator`. With `prefix`, every prompt continues that shared
+        context; without, what all prompts begin with (a system turn, say) is found and read once.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and a token in each")
-        if max_new_tokens < 1 or temperature < 0 or not (top_k is None or top_k >= 1) or not (top_p is None or 0 < top_p <= 1):
-            raise ValueError("generate: max_new_tokens >= 1, temperature >= 0, top_k >= 1 and 0 < top_p <= 1 are required, "
-                             f"not {max_new_tokens}, {temperature}, {top_k}, {top_p}")
+        if max_new_tokens < 1 or temperature < 0 or not 0 < (top_p or 1) <= 1 or (top_k or 1) < 1:
+            raise ValueError("generate: max_new_tokens, temperature, top_k or top_p out of range")
         device = self.device
-        with evaluating(self):
-            if prefix is None:
-                common = common_beginning(prompts)
-                prefix, prompts = self.read(common) if common else None, [p[len(common) :] for p in prompts]
-            ids = pad_right(prompts).to(device)                        # (B, L)
-            lengths = torch.tensor([len(p) for p in prompts], device=device)
-            eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-            B, L = ids.shape
-            if prefix and prefix.used <= 256:                          # two attentions cost more than to read a short one per row
-                cache = prefix.spread(B, prefix.used + L + max_new_tokens)
-            else:
-                cache = KVCache(self.config, B, L + max_new_tokens, prefix)
-            start = cache.length.to(device)  # q3: read the prompts at once, forget the padding, then write a token at a time
-            h = self.hidden(ids, cache)[torch.arange(B, device=device), lengths - 1][:, None]   # (B, 1, D) at each last token
-            cache.length = start + lengths                             # the padding is forgotten: its slots will be overwritten
-            running = torch.ones(B, dtype=torch.bool, device=device)
-            tokens, mask = [], []
-            while True:
-                token = sample(self.head(h)[:, 0].float(), temperature, top_k, top_p, generator)  # (B,)
-                tokens.append(token * running)                         # rows that have ended are filled with 0
-                mask.append(running)
-                running = running & ~torch.isin(token, eos_ids)
-                if len(tokens) == max_new_tokens or not running.any():
-                    return torch.stack(tokens, dim=1), torch.stack(mask, dim=1)
-                h = self.hidden(tokens[-1][:, None], cache)
+        if prefix is None and (common := common_beginning(prompts)):
+            prefix, prompts = self.read(common), [p[len(common) :] for p in prompts]
+        ids = pad_right(prompts).to(device)
+        B, L = ids.shape
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
+        cache = KVCache(self.config, B, L + max_new_tokens, prefix)
+        states = self.hidden(ids, cache)  # (B, L, D)
+        # (B, 1, D): the states at the last token of each prompt
+        h = states[torch.arange(B, device=device), lengths - 1][:, None]
+        cache.length = lengths  # the padding is forgotten: its slots will be overwritten
+        running = torch.ones_like(lengths, dtype=torch.bool)
+        tokens, mask = [], []
+        while True:
+            token = sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)  # (B,)
+            tokens.append(token * running)  # rows that have ended are filled with 0
+            mask.append(running)
+            running = running & ~torch.isin(token, eos_ids)
+            if len(tokens) == max_new_tokens or not running.any():
+                return torch.stack(tokens, dim=1), torch.stack(mask, dim=1)
+            h = self.hidden(tokens[-1][:, None], cache)
+
+    @classmethod
+    def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
+        """A GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint by folder or hub name; others are
+        refused by name.
+
+        From safetensors: no second copy, no pickles, no remote code, nothing missing and nothing
+        left over.
+        """
+        config = read_config(folder)  # refuses before any weight is read
+        theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        # transformers only warns, and draws at random what is missing
+        for kind, names in found.items():
+            names = sorted(name for name in names if "attn.masked_bias" not in name)  # old GPT-2
+            if names:
+                raise ValueError(f"{folder}: {kind}: {names[:3]}")
+        weights = {}
+        for name, tensor in theirs.state_dict().items():
+            if not torch.stack(tensor.aminmax()).isfinite().all():
+                raise ValueError(f"{folder}: {name} holds a weight that is not a finite number")
+            if ".c_" in name:  # GPT-2 stores its matrices transposed, and q, k, v as one
+                tensor = tensor.t().contiguous()
+            name = our_name(name)
+            parts = "qkv" if ".qkv." in name else [""]
+            for part, piece in zip(parts, tensor.chunk(len(parts))):
+                weights[name.replace(".qkv.", f".{part}.")] = piece
+        return assemble(config, weights, theirs.config).requires_grad_(True)
+
+    @torch.no_grad()
+    def save_pretrained(self, folder: str, tokenizer=None, eos: Collection[int] = ()):
+        """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read, in the model's
+        own dtype.
+
+        Adapters are folded in, in fp32.
+        """
+        os.makedirs(folder, exist_ok=True)
+        theirs, weights = their_model(self), dict(merged_weights(self))
+        adapted = len(weights) < len(list(self.parameters()))
+        dtype = torch.float32 if adapted else self.embed.weight.dtype
+        weights.setdefault("head.weight", weights["embed.weight"])
+        state = {}
+        for name in theirs.state_dict():
+            ours = our_name(name)
+            parts = "qkv" if ".qkv." in ours else [""]
+            tensor = torch.cat([weights[ours.replace(".qkv.", f".{part}.")] for part in parts])
+            tensor = tensor.t() if ".c_" in name else tensor
+            state[name] = tensor.to(dtype).contiguous()
+        theirs.load_state_dict(state, assign=True)
+        theirs.tie_weights()
+        theirs.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None)
+        theirs.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def save_adapters(self, folder: str, base: str = "") -> None:
+        """Write the adapters alone, as PEFT and vLLM read them; `base` names the model that they
+        belong to."""
+        state, targets = {}, set()
+        for name in their_model(self).state_dict():
+            if ".c_attn." in name:
+                raise ValueError("GPT-2 holds q, k and v in one matrix: save the merged model")
+            layer = self.get_submodule(our_name(name).rpartition(".")[0])
+            if getattr(layer, "A", None) is not None:
+                adapted, theirs = layer, name.rpartition(".")[0]
+                targets.add(theirs.rpartition(".")[2])
+                state[f"base_model.model.{theirs}.lora_A.weight"] = layer.A.detach()
+                state[f"base_model.model.{theirs}.lora_B.weight"] = layer.B.detach()
+        if not state:
+            raise ValueError("no adapters to save")
+        rank = len(adapted.A)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": rank,
+            "lora_alpha": adapted.scale * rank,
+            "target_modules": sorted(targets),
+        }
+        os.makedirs(folder, exist_ok=True)
+        save_file(state, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
+        Path(folder, "adapter_config.json").write_text(json.dumps(config))
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """logits (B, V) -> token (B,). top_k / top_p change the policy: rollouts are then off-policy for the divergence."""
+def sample(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
+    """logits (B, V) -> token (B,). top_k / top_p change the policy: rollouts are then off-policy
+    for the divergence."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits.float() / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None:
-        probs, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        outside = probs.cumsum(-1) - probs >= top_p                    # (B, V) sorted; the token that crosses top_p stays in
+        probs, order = logits.softmax(-1).sort(descending=True)
+        outside = probs.cumsum(-1) - probs >= top_p  # (B, V) sorted; who crosses it stays in
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
-    cumulative = logits.softmax(-1).cumsum(-1)                         # (B, V); one uniform number a row picks the token:
-    uniform = 1 - torch.rand(len(logits), 1, device=logits.device, generator=generator)   # in (0, 1], so never one of probability 0
-    return (cumulative < uniform * cumulative[:, -1:]).sum(-1)         # torch.multinomial draws V numbers a row: far slower
+    probs = logits.softmax(-1)
+    reached = probs.cumsum(-1).masked_fill(probs == 0, 0)  # (B, V); 0 is below every threshold
+    uniform = 1 - torch.rand(len(probs), 1, device=probs.device, generator=generator)  # in (0, 1]
+    threshold = uniform * reached.amax(-1, keepdim=True)  # (B, 1); torch.multinomial draws (B, V)
+    return (reached >= threshold).int().argmax(-1)  # the first that reaches it
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """What all prompts begin with (a system turn, say), to be read once; a token of each is left over."""
-    common = os.path.commonprefix([list(p) for p in prompts])[: min(map(len, prompts)) - 1]
-    return common if len(prompts) > 1 and len(common) >= 16 else []    # fewer are not worth a pass of their own
+    """What all prompts begin with (a system turn, say), to be read once; a token of each is left
+    over."""
+    common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+    return common if len(prompts) > 1 and len(common) >= 16 else []  # fewer are not worth a pass
 
 
-def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
-    """Ragged rows -> (B, longest), filled on the right. What the fill is does not matter: no causal query sees it."""
+def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Ragged rows -> (B, longest), filled on the right. What the fill is does not matter: no causal
+    query sees it."""
     width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`with evaluating(model)`: dropout off inside, the previous mode restored after."""
-    was_training = model.training
-    model.eval()
+# --------------------------------------------------------------------------------- devices, weights
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype, Callable]:
+    """Names as on the command line -> (device, dtype, autocast). Weights stay fp32: mixed precision
+    is autocast's, per operation. "auto" takes CUDA, then MPS; half precision on CUDA only: bf16,
+    which needs no scaler, where the card has it."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
-        yield
-    finally:
-        model.train(was_training)
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise OSError(f"--device {name} cannot be used here: {error}") from None
+    low = DTYPES.get(dtype, torch.float32)
+    if dtype == "auto" and device.type == "cuda":  # a T4 has only fp16
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        low = torch.bfloat16 if has_bf16 else torch.float16
+    mixed = low != torch.float32
+    return device, low, partial(torch.autocast, device.type, dtype=low, enabled=mixed)
 
 
-# ------------------------------------------------------------------------------------------ adapters (LoRA)
-TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
-
-
-def add_adapters(model: GPT, rank: int, alpha: float, targets: Collection[str] = TARGETS) -> None:
-    """Freeze the model and train a rank-r change of the target matrices instead: W x + (α/r) B A x, in fp32.
-
-    A starts random and B at zero, so the model starts as itself; with `adapters_off` it is the base again, bit for
-    bit. That is why a frozen teacher needs no second copy of the weights.
+def trained(model: GPT) -> dict[str, Tensor]:
+    """What moves in training, and so what a checkpoint needs of a model: with adapters, these
+    alone.
     """
-    if unknown := set(targets) - set(TARGETS):
-        raise ValueError(f"adapter targets {', '.join(sorted(unknown))} do not exist; choose from {', '.join(TARGETS)}")
-    if rank < 1 or not targets:
-        raise ValueError(f"add_adapters: rank={rank} must be at least 1, with at least one target")
-    if not any(hasattr(block, part) and getattr(getattr(block, part), name, None) is not None
-               for block in model.blocks for part in ("attention", "mlp") for name in targets):
-        raise ValueError(f"this model has none of the adapter targets {', '.join(targets)}")
-    model.requires_grad_(False)
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear) and name.rpartition(".")[2] in targets:
-            layer.A = nn.Parameter(torch.empty(rank, layer.in_features, device=model.device))
-            layer.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=model.device))
-            layer.scale = alpha / rank
-            nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))          # the paper's code: uniform in ±1/√in
-
-
-@contextmanager
-def adapters_off(model: GPT) -> Iterator[None]:
-    """`with adapters_off(model)`: the base inside, the adapted model after."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
-    before = [layer.adapting for layer in layers]
-    for layer in layers:
-        layer.adapting = False
-    try:
-        yield
-    finally:
-        for layer, adapting in zip(layers, before):
-            layer.adapting = adapting
-
-
-def merged_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """The weights by name, adapters folded in, one at a time; a tied head comes once, as the embedding."""
-    for name, parameter in model.named_parameters():
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if not name.endswith((".A", ".B")):
-            yield name, layer.merged() if isinstance(layer, Linear) and name.endswith(".weight") else parameter
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def merged_copy(model: GPT, dtype: torch.dtype | None = None) -> GPT:
-    """A second model with the same weights, adapters folded in, by default in fp32 or better."""
-    dtype = dtype or torch.promote_types(model.embed.weight.dtype, torch.float32)
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """The reverse of `trained`: copies the weights into the model. One that is missing is an error."""
+    for name, parameter in trained(model).items():
+        parameter.copy_(weights[name])
+
+
+@torch.no_grad()
+def perplexity(model: GPT, texts: list[list[int]]) -> float:
+    """exp of the mean −log p of all tokens, each text on its own, from its second token on (nothing
+    predicts the first)."""
+    values = []
+    for row in texts:
+        ids = torch.tensor([row[: model.config.max_len]], dtype=torch.long, device=model.device)
+        logits = model(ids)[0, :-1].float()  # (T − 1, V)
+        values.append(F.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    return torch.cat(values).mean().exp().item()
+
+
+# ----------------------------------------------------------------- other models of the same weights
+def assemble(config: GPTConfig, weights: dict[str, Tensor], source=None) -> GPT:
+    """A frozen GPT that holds these very tensors: nothing is copied, nothing drawn at random."""
     with torch.device("meta"):
-        twin = GPT(model.config)
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in merged_weights(model)}
-    twin.load_state_dict(weights, strict=not model.config.tied, assign=True)
-    if model.config.tied:
-        twin.head.weight = twin.embed.weight
-    twin.frequencies = model.frequencies
-    return twin.train(model.training)
-
-
-# ================================================================================= Hugging Face, in and out
-SUPPORTED = "gpt2, llama, mistral (no active sliding window), qwen2, qwen3 (dense)"
-LLAMA_NAMES = {                                                        # Hugging Face's words -> ours
-    "model.embed_tokens": "embed", "lm_head": "head", "model.norm": "norm", "model.layers": "blocks",
-    "input_layernorm": "norm1", "post_attention_layernorm": "norm2", "self_attn": "attention",
-    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
-}
-GPT2_NAMES = {
-    "transformer.wte": "embed", "transformer.wpe": "embed_position", "lm_head": "head", "transformer.ln_f": "norm",
-    "transformer.h": "blocks", "ln_1": "norm1", "ln_2": "norm2", "attn.c_proj": "attention.out", "attn.c_attn": "attention.qkv",
-    "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down",
-}
-CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")   # older files carry them
-
-
-def config_from_hugging_face(hf) -> GPTConfig:
-    """A transformers config -> ours. What `GPT` cannot represent exactly is refused by name."""
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise ValueError(f"{hf.model_type}: {what} is not supported. Supported: {SUPPORTED}; safetensors, not quantized")
-
-    need(hf.model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3"), "this architecture")
-    need(getattr(hf, "quantization_config", None) is None, "a quantized checkpoint")
-    if hf.model_type == "gpt2":
-        activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-        need(hf.activation_function in activations, f"activation {hf.activation_function!r}")
-        need(hf.scale_attn_weights and not hf.scale_attn_by_inverse_layer_idx, "another scaling of the attention scores")
-        need(not hf.add_cross_attention, "cross-attention")
-        D, H = hf.n_embd, hf.n_head
-        return GPTConfig(hf.vocab_size, hf.n_layer, D, H, H, D // H, hf.n_inner or 4 * D, hf.n_positions, norm="layer",
-                         norm_eps=hf.layer_norm_epsilon, positions="learned", mlp=activations[hf.activation_function],
-                         qkv_bias=True, out_bias=True, mlp_bias=True, tied=hf.tie_word_embeddings)
-    need(hf.hidden_act in ("silu", "swish"), f"activation {hf.hidden_act!r}")
-    window = getattr(hf, "sliding_window", None)
-    active = window is not None and window < hf.max_position_embeddings and getattr(hf, "use_sliding_window", True)
-    need(not active and "sliding_attention" not in (getattr(hf, "layer_types", None) or ()), "an active sliding window")
-    rope = dict(hf.rope_parameters)
-    kind, theta = rope.get("rope_type", "default"), rope.pop("rope_theta")
-    need(kind in ("default", *ROPE_SCALINGS), f"rope scaling {kind!r}")
-    need(rope.get("partial_rotary_factor", 1.0) == 1.0, "a partial rotary embedding")
-    biased = bool(getattr(hf, "attention_bias", False))                # Qwen2 has biases on q, k, v only, always
-    return GPTConfig(hf.vocab_size, hf.num_hidden_layers, hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads,
-                     getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, hf.intermediate_size,
-                     hf.max_position_embeddings, norm_eps=hf.rms_norm_eps, rope_theta=theta,
-                     rope_scaling=None if kind == "default" else rope, qkv_bias=biased or hf.model_type == "qwen2",
-                     out_bias=biased, mlp_bias=bool(getattr(hf, "mlp_bias", False)), qk_norm=hf.model_type == "qwen3",
-                     tied=hf.tie_word_embeddings)
-
-
-def config_to_hugging_face(config: GPTConfig):
-    """Ours -> the transformers config of the simplest family that is the same function."""
-    import transformers
-
-    c = config
-    if c.norm == "layer":
-        biased = c.qkv_bias and c.out_bias and c.mlp_bias
-        whole = c.n_kv_head == c.n_head and c.n_head * c.head_dim == c.d_model
-        if not (biased and whole and c.tied) or c.positions != "learned" or c.mlp == "swiglu" or c.qk_norm:
-            raise ValueError("this GPTConfig is no family that transformers knows: LayerNorm, but otherwise not GPT-2")
-        return transformers.GPT2Config(
-            vocab_size=c.vocab_size, n_layer=c.n_layer, n_embd=c.d_model, n_head=c.n_head, n_inner=c.d_ff,
-            n_positions=c.max_len, layer_norm_epsilon=c.norm_eps, architectures=["GPT2LMHeadModel"],
-            activation_function={"gelu_tanh": "gelu_new", "gelu": "gelu"}[c.mlp], bos_token_id=None, eos_token_id=None)
-    family = "Qwen3" if c.qk_norm else "Qwen2" if c.qkv_bias and not c.out_bias else "Llama"
-    odd_bias = (c.mlp_bias and family != "Llama") or (c.qkv_bias != c.out_bias and family != "Qwen2")
-    if c.positions != "rotary" or c.mlp != "swiglu" or odd_bias:
-        raise ValueError(f"this GPTConfig is no family that transformers knows: RMSNorm, but otherwise not {family}")
-    extra = {"Llama": dict(attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias), "Qwen2": {},
-             "Qwen3": dict(attention_bias=c.qkv_bias)}[family]
-    return getattr(transformers, f"{family}Config")(
-        vocab_size=c.vocab_size, num_hidden_layers=c.n_layer, hidden_size=c.d_model, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, intermediate_size=c.d_ff, max_position_embeddings=c.max_len,
-        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied, architectures=[f"{family}ForCausalLM"], bos_token_id=None,
-        eos_token_id=None, **extra,
-        rope_parameters={"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta})
-
-
-def from_hugging_face(name: str, tensor: Tensor, gpt2: bool) -> Iterator[tuple[str, Tensor]]:
-    """One tensor of a checkpoint -> ours, by name. GPT-2 stores its matrices transposed, and q, k, v as one."""
-    if gpt2 and not name.startswith(("transformer.", "lm_head.")):
-        name = "transformer." + name                                   # the original GPT-2 files lack the prefix
-    for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items():
-        name = re.sub(rf"(^|\.){re.escape(theirs)}(?=\.)", rf"\g<1>{ours}", name, count=1)
-    if gpt2 and tensor.dim() == 2 and re.search(r"\.(qkv|out|up|down)\.", name):
-        tensor = tensor.T
-    parts = "qkv" if ".qkv." in name else [None]
-    for part, piece in zip(parts, tensor.chunk(len(parts))):
-        yield name.replace(".qkv.", f".{part}."), piece
-
-
-def to_hugging_face(name: str, gpt2: bool) -> str:
-    for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items():
-        name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.)", rf"\g<1>{theirs}", name, count=1)
-    return name
-
-
-def read_config(name_or_folder: str | os.PathLike) -> GPTConfig:
-    """The shapes of a checkpoint, without its weights."""
-    from transformers import AutoConfig
-
-    return config_from_hugging_face(AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False))
-
-
-def load_pretrained(name_or_folder: str | os.PathLike, dtype: torch.dtype) -> GPT:
-    """`GPT.from_pretrained`: weights from safetensors, one tensor at a time: no second copy, no pickles, no remote code."""
-    from safetensors import safe_open
-    from transformers import AutoConfig
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-
-    hf = AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
-    config = config_from_hugging_face(hf)
-    with torch.device("meta"):
-        model = GPT(config)
-    model.frequencies = rotary_frequencies(config)
-    index = cached_file(name_or_folder, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    files = sorted(set(json.loads(Path(index).read_text())["weight_map"].values())) if index else [SAFE_WEIGHTS_NAME]
-    wanted = dict(model.named_parameters())
-    for file in files:
-        path = cached_file(name_or_folder, file, _raise_exceptions_for_missing_entries=False)
-        if path is None:
-            raise ValueError(f"{name_or_folder} has no {file}: only safetensors are loaded; convert the checkpoint first")
-        with safe_open(path, framework="pt") as tensors:
-            for theirs in tensors.keys():
-                if (theirs == "lm_head.weight" and config.tied) or CONSTANTS.search(theirs):
-                    continue
-                for name, tensor in from_hugging_face(theirs, tensors.get_tensor(theirs), hf.model_type == "gpt2"):
-                    if name not in wanted or wanted[name].shape != tensor.shape:
-                        expected = tuple(wanted[name].shape) if name in wanted else "no such weight"
-                        raise ValueError(f"{path}: {theirs} {tuple(tensor.shape)} does not fit the config ({expected})")
-                    owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-                    setattr(owner, leaf, nn.Parameter(tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)))
+        model = GPT(config).requires_grad_(False)
+    model.load_state_dict({"head.weight": weights["embed.weight"], **weights}, assign=True)
     if config.tied:
         model.head.weight = model.embed.weight
-    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{name_or_folder} lacks {len(missing)} weights, among them {missing[0]}")
+    model.source = source
     return model
 
 
-def save_pretrained(model: GPT, folder: str | os.PathLike, tokenizer, eos: Collection[int]) -> None:
-    """`GPT.save_pretrained`: config, safetensors, generation config and tokenizer, in transformers' format; in the model's
-    own dtype, in fp32 where adapters are folded in."""
-    from safetensors.torch import save_file
-    from transformers import GenerationConfig
-
-    hf = config_to_hugging_face(model.config)
-    gpt2, state, weights = hf.model_type == "gpt2", {}, {name: tensor.detach() for name, tensor in merged_weights(model)}
-    hf.dtype = torch.float32 if any(layer.A is not None for layer in model.modules() if isinstance(layer, Linear)) else model.embed.weight.dtype
-    for name, tensor in weights.items():
-        if gpt2:
-            for ours, theirs in [("attention.out.", "attn.c_proj."), ("mlp.up.", "mlp.c_fc."), ("mlp.down.", "mlp.c_proj.")]:
-                name = name.replace(ours, theirs)
-            if re.search(r"attention\.[kv]\.", name):
-                continue                                               # stored with q
-            if ".attention.q." in name:
-                tensor = torch.cat([weights[name.replace(".q.", f".{part}.")] for part in "qkv"])
-                name = name.replace("attention.q.", "attn.c_attn.")
-            tensor = tensor.T if tensor.dim() == 2 and ".c_" in name else tensor
-        state[to_hugging_face(name, gpt2)] = tensor.to(hf.dtype).contiguous()
-    hf.save_pretrained(folder)
-    save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
-    GenerationConfig(eos_token_id=sorted(eos) or None).save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 
 
-def save_adapters(model: GPT, folder: str | os.PathLike, base: str) -> None:
-    """`GPT.save_adapters`: adapter_config.json and adapter_model.safetensors, in PEFT's format."""
-    from safetensors.torch import save_file
+def add_adapters(
+    model: GPT, rank: int, alpha: float | None = None, targets: Collection[str] = TARGETS
+) -> None:
+    """Freeze the model and train a rank-r change of the target matrices instead: W x + (α/r) B A x,
+    in fp32.
 
-    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer.A is not None}
-    if not adapted or config_to_hugging_face(model.config).model_type == "gpt2":
-        raise ValueError("no adapters to save" if not adapted else
-                         "GPT-2 holds q, k and v in one matrix, our adapters do not: save the merged model")
-    state, targets = {}, set()
-    for name, layer in adapted.items():
-        theirs = to_hugging_face(f"{name}.weight", gpt2=False).removesuffix(".weight")
-        targets.add(theirs.rpartition(".")[2])
-        for factor in "AB":
-            state[f"base_model.model.{theirs}.lora_{factor}.weight"] = getattr(layer, factor).detach().contiguous()
-    rank = len(layer.A)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_dropout": 0.0,
-              "lora_alpha": layer.scale * rank, "target_modules": sorted(targets), "bias": "none", "inference_mode": True}
-    os.makedirs(folder, exist_ok=True)
-    save_file(state, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
-    Path(folder, "adapter_config.json").write_text(json.dumps(config, indent=1))
+    A starts random and B at zero, so the model starts as itself. α is 2r unless it is given. The
+    base stays what it was: a frozen teacher needs no second copy of the weights, see
+    `without_adapters`.
+    """
+    if unknown := set(targets) - set(TARGETS):
+        raise ValueError(f"no adapter targets {sorted(unknown)}; choose from {', '.join(TARGETS)}")
+    modules = model.blocks.named_modules()
+    layers = [module for name, module in modules if name.rpartition(".")[2] in targets]
+    if rank < 1 or not layers:
+        raise ValueError(f"add_adapters: rank={rank} must be at least 1, with at least one target")
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.A = nn.Parameter(torch.empty(rank, layer.in_features, device=model.device))
+        layer.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=model.device))
+        layer.scale = (2 * rank if alpha is None else alpha) / rank
+        nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))  # the paper's code: uniform in ±1/√in
+
+
+def base_parameters(model: GPT) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if not n.endswith((".A", ".B"))}
+
+
+def without_adapters(model: GPT) -> GPT:
+    """The base that `model` adapts, as a GPT of its own: the same Parameters, no second copy of the
+    weights."""
+    weights = base_parameters(model)
+    if any(parameter.requires_grad for parameter in weights.values()):
+        raise ValueError("without_adapters: the base's weights must be frozen")
+    return assemble(model.config, weights, model.source)
+
+
+def merged_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
+    """The weights by name, adapters folded in, one at a time; a tied head comes once, as the
+    embedding."""
+    for name, parameter in base_parameters(model).items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        folded = isinstance(layer, Linear) and parameter is layer.weight
+        yield name, layer.merged() if folded else parameter
+
+
+@torch.no_grad()
+def merged_copy(model: GPT) -> GPT:
+    """A second, frozen model with weights of its own, adapters folded in, in fp32 or better."""
+    dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in merged_weights(model)}
+    return assemble(model.config, weights, model.source)
+
+
+def low_precision_(model: GPT, dtype: torch.dtype) -> None:
+    """Keep the matrices of the blocks in `dtype`, half the memory. To be run under autocast of that
+    dtype, which would cast them at every use: the outputs are the same to the bit. Meant for
+    weights that are not trained."""
+    for layer in model.blocks.modules():
+        if isinstance(layer, Linear):
+            layer.weight.data = layer.weight.data.to(dtype)
+
+
+# ========================================================================= Hugging Face, in and out
+SUPPORTED = "gpt2, llama, mistral (no active sliding window), qwen2, qwen3 (dense)"
+NAMES = {  # transformers' words -> ours, replaced in this order
+    "transformer.": "",
+    "model.": "",
+    "embed_tokens": "embed",
+    "wte": "embed",
+    "wpe": "embed_position",
+    "lm_head": "head",
+    "layers.": "blocks.",
+    "h.": "blocks.",
+    "input_layernorm": "norm1",
+    "post_attention_layernorm": "norm2",
+    "ln_f": "norm",
+    "ln_": "norm",
+    "self_attn": "attention",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.out",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+    "o_proj": "out",
+    "_proj": "",
+}
+
+
+SHAPES = {  # of all families, GPT-2 too
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_head": "num_attention_heads",
+    "max_len": "max_position_embeddings",
+    "tied": "tie_word_embeddings",
+}
+
+
+def our_name(name: str) -> str:
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def our_config(hf) -> GPTConfig:
+    """A transformers config -> ours. What `GPT` cannot represent exactly is refused by name."""
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise ValueError(f"{hf.model_type}: {what} is not supported. Supported: {SUPPORTED}")
+
+    need(hf.model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3"), "this architecture")
+    need(getattr(hf, "quantization_config", None) is None, "a quantized checkpoint")
+    shared = {ours: getattr(hf, theirs) for ours, theirs in SHAPES.items()}
+    if hf.model_type == "gpt2":
+        gelu = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+        scaled = hf.scale_attn_weights and not hf.scale_attn_by_inverse_layer_idx
+        need(scaled, "another scaling of the attention scores")
+        need(not hf.add_cross_attention, "cross-attention")
+        return GPTConfig(
+            **shared,
+            n_kv_head=hf.n_head,
+            head_dim=hf.n_embd // hf.n_head,
+            d_ff=hf.n_inner or 4 * hf.n_embd,
+            norm="layer",
+            norm_eps=hf.layer_norm_epsilon,
+            positions="learned",
+            mlp=gelu.get(hf.activation_function, hf.activation_function),
+            qkv_bias=True,
+            out_bias=True,
+            mlp_bias=True,
+        )
+    need(hf.hidden_act in ("silu", "swish"), f"activation {hf.hidden_act!r}")
+    window = getattr(hf, "sliding_window", None) or hf.max_position_embeddings
+    need(window >= hf.max_position_embeddings, "an active sliding window")
+    rope = dict(hf.rope_parameters)
+    theta, scaling = rope.pop("rope_theta"), rope.get("rope_type", "default")
+    need(rope.get("partial_rotary_factor", 1.0) == 1.0, "a partial rotary embedding")
+    biased = bool(getattr(hf, "attention_bias", False))  # Qwen2: on q, k, v only, always
+    return GPTConfig(
+        **shared,
+        n_kv_head=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        d_ff=hf.intermediate_size,
+        norm_eps=hf.rms_norm_eps,
+        rope_theta=theta,
+        rope_scaling=None if scaling == "default" else rope,
+        qkv_bias=biased or hf.model_type == "qwen2",
+        out_bias=biased,
+        mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+        qk_norm=hf.model_type == "qwen3",
+    )
+
+
+def their_model(model: GPT) -> transformers.PreTrainedModel:
+    """The same as a transformers model, still without weights: of the config that it came with; one
+    made here is a Llama or, with q/k norm, a Qwen3."""
+    c, hf = model.config, model.source
+    if hf is None:
+        kind = (c.norm, c.positions, c.mlp, c.out_bias)
+        if kind != ("rms", "rotary", "swiglu", c.qkv_bias) or (c.qk_norm and c.mlp_bias):
+            raise ValueError("this GPTConfig is no family of transformers: not Llama, not Qwen3")
+        scaling = c.rope_scaling or {}
+        hf = transformers.AutoConfig.for_model(
+            "qwen3" if c.qk_norm else "llama",
+            num_key_value_heads=c.n_kv_head,
+            head_dim=c.head_dim,
+            intermediate_size=c.d_ff,
+            rms_norm_eps=c.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, **scaling},
+            attention_bias=c.qkv_bias,
+            mlp_bias=c.mlp_bias,
+            bos_token_id=None,
+            eos_token_id=None,
+            **{theirs: getattr(c, ours) for ours, theirs in SHAPES.items()},
+        )
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(hf)
+
+
+def read_config(folder: str) -> GPTConfig:
+    """The shapes of a checkpoint, without its weights."""
+    return our_config(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))

@@ -8,8 +8,10 @@ import torch
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -17,7 +19,21 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 def tiny_gpt(seed=0, **changes):
     """A random GPT whose logits are far from uniform, so that a mistake shows."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{"vocab_size": 23, "n_layer": 2, "d_model": 16, "n_head": 4, "n_kv_head": 2, "head_dim": 6, "d_ff": 20, "max_len": 64} | changes))
+    model = GPT(
+        GPTConfig(
+            **{
+                "vocab_size": 23,
+                "n_layer": 2,
+                "d_model": 16,
+                "n_head": 4,
+                "n_kv_head": 2,
+                "head_dim": 6,
+                "d_ff": 20,
+                "max_len": 64,
+            }
+            | changes
+        )
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -35,11 +51,27 @@ def tiny_checkpoint(folder, template=CHATML, eos=None, max_len=512, vocab_size=2
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    GPT(GPTConfig(vocab_size, n_layer=2, d_model=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=48, max_len=max_len)).save_pretrained(folder)
+    GPT(
+        GPTConfig(
+            vocab_size,
+            n_layer=2,
+            d_model=32,
+            n_head=4,
+            n_kv_head=2,
+            head_dim=8,
+            d_ff=48,
+            max_len=max_len,
+        )
+    ).save_pretrained(folder)
     bytes_ = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=bytes_, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>")      # ids 256, 257
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )  # ids 256, 257
     fast.chat_template = template
     fast.save_pretrained(folder)
     GenerationConfig(eos_token_id=eos or [257]).save_pretrained(folder)
