@@ -80,8 +80,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     The lecture's example, teacher P = (mat .7, floor .2, chair .1), student Q = (.5, .3, .2), as
     forward_kl(Q.log(), P.log()):
-      .7 log(.7/.5) + .2 log(.2/.3) + .1 log(.1/.2) = .2355 − .0811 − .0693 = .0851 nats
-    """
+      .7 log(.7/.5) + .2 log(.2/.3) + .1 log(.1/.2) = .2355 − .0811 − .0693 = .0851 nats"""
     log_q, log_p = log_softmax_pair(student_logits, teacher_logits)
     return kl(log_p, log_q)
 
@@ -120,8 +119,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
     The same P, Q at β = ½:  M = (.6, .25, .15)
       KL(P‖M) = .7 log(.7/.6) + .2 log(.2/.25) + .1 log(.1/.15) = .1079 − .0446 − .0405 = .0227
       KL(Q‖M) = .5 log(.5/.6) + .3 log(.3/.25) + .2 log(.2/.15) = −.0912 + .0547 + .0575 = .0211
-      JSD = ½ (.0227 + .0211) = .0219 nats
-    """
+      JSD = ½ (.0227 + .0211) = .0219 nats"""
     if not 0 < beta < 1:
         raise ValueError(
             f"jsd: beta={beta} must lie strictly between 0 and 1; "
@@ -188,15 +186,13 @@ def k1(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
 
 def k2(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """r²/2: biased as a value. Its gradient r ∇log Q(y), though, is that of reverse KL in
-    expectation.
-    """
+    expectation."""
     return (student_logp - teacher_logp) ** 2 / 2
 
 
 def k3(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """e^−r − 1 + r: unbiased and never negative. Do not differentiate it: its expected gradient is
-    forward KL's.
-    """
+    forward KL's."""
     r = student_logp - teacher_logp
     return torch.expm1(-r) + r
 
@@ -223,16 +219,14 @@ def on_distributions(divergence: Callable[[Tensor, Tensor], Tensor]) -> Objectiv
 
 def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor) -> Tensor:
     """−log Q(token): on an expert's completions this is SFT. It is forward KL from a one-hot
-    teacher, so it needs none.
-    """
+    teacher, so it needs none."""
     at_least_fp32 = torch.promote_types(student_logits.dtype, torch.float32)
     return F.cross_entropy(student_logits.to(at_least_fp32), tokens, reduction="none")
 
 
 def policy_gradient(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -> Tensor:
     """`policy_gradient_surrogate` of the sampled tokens, which must be the student's own, drawn at
-    temperature 1.
-    """
+    temperature 1."""
     log_q, log_p = log_softmax_pair(student_logits, teacher_logits)  # (n, V) each
     student_logp = log_q.gather(-1, tokens[:, None])[:, 0]  # (n,)
     teacher_logp = log_p.gather(-1, tokens[:, None])[:, 0]  # (n,)
@@ -241,8 +235,7 @@ def policy_gradient(student_logits: Tensor, teacher_logits: Tensor, tokens: Tens
 
 def make_objective(name: str, beta: float = 0.5, top_k: int = 0) -> Objective:
     """A divergence by name, `beta` for jsd, over the student's top k and a tail if `top_k`; or
-    "policy_gradient".
-    """
+    "policy_gradient"."""
     if name == "policy_gradient":
         return policy_gradient
     divergence = partial(jsd, beta=beta) if name == "jsd" else DIVERGENCES[name]
@@ -259,8 +252,7 @@ def entropy(logits: Tensor) -> Tensor:
 # ================================================================ 4. the same, for big vocabularies
 class ChunkedObjective(torch.autograd.Function):
     """Logits exist for `chunk` positions at a time; their gradient is taken at once and folded into
-    (n, D) and (V, D).
-    """
+    (n, D) and (V, D)."""
 
     @staticmethod
     def forward(
@@ -386,8 +378,7 @@ def completion_states(
 
 def shared_states(model: GPT, prompts: Sequence[list[int]], ids: Tensor, mask: Tensor) -> Tensor:
     """`completion_states`, faster: what all prompts begin with is read once for all rows, with its
-    gradient.
-    """
+    gradient."""
     common = common_beginning(prompts)
     if not common:
         return completion_states(model, prompts, ids, mask)
@@ -497,8 +488,7 @@ class Rows:
 
     def split(self, size: int) -> list[Rows]:
         """Micro-batches of at most `size` rows; the weights, fixed for the whole, make their losses
-        add up.
-        """
+        add up."""
         parts, names = [], ("prompts", "scorer_prompts", "ids", "mask", "weights")
         size = size or len(self.prompts)
         for i in range(0, len(self.prompts), size):
@@ -538,8 +528,7 @@ def cosd_loss(student: GPT, rows: Rows, chunk: int = 0) -> tuple[Tensor, dict[st
 @torch.no_grad()
 def token_probabilities(student: GPT, rows: Rows) -> tuple[Tensor, Tensor]:
     """The probability of every completion token under the student and under the scorer -> (n,),
-    (n,): to look at.
-    """
+    (n,): to look at."""
     tokens = rows.ids[rows.mask][:, None]  # (n, 1)
     h_s = completion_states(student, rows.prompts, rows.ids, rows.mask)  # (n, D)
     h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)

@@ -38,7 +38,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 from tqdm import tqdm
 
 import contexts
@@ -166,7 +165,7 @@ def fit(run: Run) -> None:
             # Log, evaluate, save.
             run.step = step + 1
             run.log.append(row | {"seconds": time.perf_counter() - began})
-            bar.set_postfix(loss=row["loss"], entropy=row["entropy"], refresh=False)
+            bar.set_postfix(loss=row["loss"], refresh=False)
             bar.update()
             evaluate(run)
             if stop or run.step == cfg.steps or time.perf_counter() > save_at:
@@ -178,8 +177,7 @@ def fit(run: Run) -> None:
 
 def task_rows(run: Run, step: int) -> Rows:
     """The task's prompts of this step, completed by the method's writer, for the teacher to score
-    in context.
-    """
+    in context."""
     cfg, task, method = run.cfg, run.task, METHODS[run.cfg.method]
     examples = task.draw_batch(cfg.seed, step, cfg.batch - cfg.n_anchors)
     prompts = [task.show(task.chat, e) for e in examples]
@@ -210,17 +208,15 @@ def anchor_rows(run: Run, step: int) -> Rows:
     return make_rows(run, prompts, y, run.base, prompts, run.divergence, share, cfg.reduction)
 
 
-def write(run: Run, model: GPT, prompts: list, temperature: float, *what) -> list:
+def write(run: Run, model: GPT, prompts, temperature, *what) -> list:
     """Completions y of the prompts by a model, as lists of tokens; `what` names their random
-    numbers.
-    """
-    cfg, y = run.cfg, []
-    generator = torch.Generator(model.device)
-    generator.manual_seed(seeded(cfg.seed, run.task.kind, *what).getrandbits(60))
-    for i in range(0, len(prompts), 2 * cfg.batch):
-        some, how = prompts[i : i + 2 * cfg.batch], {"eos": run.task.chat.ends}
-        how |= {"temperature": temperature, "generator": generator}
-        ids, mask = model.generate(some, cfg.max_new_tokens, **how)
+    numbers."""
+    cfg, y, at_once = run.cfg, [], 2 * run.cfg.batch
+    seed = seeded(cfg.seed, run.task.kind, *what).getrandbits(60)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    how = {"temperature": temperature, "eos": run.task.chat.ends, "generator": generator}
+    for i in range(0, len(prompts), at_once):
+        ids, mask = model.generate(prompts[i : i + at_once], cfg.max_new_tokens, **how)
         y += [row[m].tolist() for row, m in zip(ids, mask)]
     return y
 
@@ -236,7 +232,7 @@ def make_rows(
     return Rows(prompts, theirs, ids, mask, weights, scorer, objective)
 
 
-def log_row(parts: dict, losses: list, norm: Tensor) -> dict:
+def log_row(parts: dict, losses: list, norm) -> dict:
     """The step in numbers: the loss and the student's entropy; the objective's mean over each
     part's tokens; the mean length of the task's answers; the gradient's norm."""
     values = {"grad_norm": norm, "length": parts["task"].mask.sum(1).float().mean()}
@@ -250,8 +246,7 @@ def log_row(parts: dict, losses: list, norm: Tensor) -> dict:
 
 def demand_finite(run: Run, row: dict) -> None:
     """fp16's scaler skips a step whose gradient overflows and halves its scale; anything else is
-    the end.
-    """
+    the end."""
     may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or may_overflow):
         return
@@ -269,8 +264,7 @@ class Diverged(Exception):
 @contextmanager
 def stopping() -> Iterator[list]:
     """Ctrl-C and kill are noted in the list, and acted upon between two steps; a second one at
-    once.
-    """
+    once."""
     asked, before = [], {}
 
     def note(number: int, _) -> None:
@@ -404,7 +398,6 @@ def check_combinations(cfg: Config) -> None:
         (cfg.export == "adapters" and not cfg.lora, "--export adapters needs --lora RANK"),
         (cfg.skip >= cfg.max_new_tokens, f"--skip {cfg.skip} must be below --max-new-tokens"),
         (cfg.model and cfg.method == "pretrain", "--method pretrain is the built-in world's"),
-        (cfg.d_model % 8, f"--d-model {cfg.d_model} must be a multiple of 8"),
     ]:
         if wrong:
             raise BadInput(message)
@@ -423,7 +416,7 @@ def parse(argv: list[str] | None) -> Config:
         allow_abbrev=False,
     )
     for item in fields(Config):
-        about = f"{item.metadata['about']} [{item.default}]".replace("%", "%%")
+        about = f"{item.metadata['about']} [{item.default}]"
         if item.type == "bool":
             how = {"action": argparse.BooleanOptionalAction}
         else:
@@ -440,22 +433,20 @@ def sampled_kl(run: Run, model: GPT, prompts, y, scorer: Teacher, theirs) -> flo
     """KL(model‖scorer) in nats per token, on the model's own samples y, exact at every token."""
     objective = make_objective("reverse_kl")  # the model stands where the student does
     rows = make_rows(run, prompts, y, scorer, theirs, objective)
-    parts = rows.split(2 * run.cfg.batch)
-    return sum(cosd_loss(model, part, run.cfg.chunk)[0].item() for part in parts)
+    some = rows.split(2 * run.cfg.batch)
+    return sum(cosd_loss(model, part, run.cfg.chunk)[0].item() for part in some)
 
 
 def drift(run: Run, prompts: list[list[int]]) -> float:
     """KL(base‖student) on the base's own samples, both without any other context than the prompts
-    have.
-    """
+    have."""
     y = write(run, run.base.model, prompts, 1, "drift")
     return sampled_kl(run, run.base.model, prompts, y, Teacher(run.student, "live"), prompts)
 
 
 def measure(run: Run) -> dict:
     """What the student can do now: the task without C, what is left to learn from C, old skills,
-    and how far it moved.
-    """
+    and how far it moved."""
     cfg, task, student, probes = run.cfg, run.task, run.student, []
     prompts = [student_prompt(task.chat, e) for e in task.heldout]
     y = write(run, student, prompts, 1, "held-out KL")
@@ -488,18 +479,14 @@ def evaluate(run: Run) -> None:
 
 def preflight(run: Run) -> dict:
     """Before training. The teacher is the ceiling: if it does not beat the student, there is
-    nothing to distil.
-    """
+    nothing to distil."""
     before, heldout = measure(run), run.task.heldout  # of the base, which the student still is
     prompts = [student_prompt(run.task.chat, e) for e in heldout]
     theirs = context_prompts(run.task, heldout, write(run, run.student, prompts, 0))
     before["teacher"] = run.task.grades(heldout, write(run, run.student, theirs, 0))
     before["tokens_saved"] = (sum(map(len, theirs)) - sum(map(len, prompts))) / len(prompts)
     floor, ceiling, kl = before["task"], before["teacher"], before["kl"]
-    print(
-        f"\n{run.folder.stem}: without C (student) {floor}, with C (teacher) {ceiling}; "
-        f"KL(student‖teacher) {kl:.3f} nats per token"
-    )
+    print(f"\n{run.folder.stem}: student {floor}, teacher {ceiling}, KL {kl:.3f} nats per token")
     if ceiling.get("score", kl) <= floor.get("score", 1e-3):
         print("The teacher does not beat the student: this context can teach this model nothing.")
     return before
@@ -587,8 +574,7 @@ def restore(run: Run) -> None:
 @contextmanager
 def working_in(folder: Path) -> Iterator[Path]:
     """A run works in FOLDER.unfinished, alone. When it is complete, that becomes FOLDER, in place
-    of an earlier one.
-    """
+    of an earlier one."""
     work, old = folder.with_suffix(".unfinished"), folder.with_suffix(".replaced")
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -600,8 +586,7 @@ def working_in(folder: Path) -> Iterator[Path]:
             os.replace(work, folder)
             shutil.rmtree(old, ignore_errors=True)
     except Timeout:
-        said = f"{work} is in use by another process: wait, or choose another --out"
-        raise BadInput(said) from None
+        raise BadInput(f"{work} is in use by another process; choose another --out") from None
 
 
 # ====================================================================================== 5. the runs
@@ -620,8 +605,7 @@ def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path
     weights = trained(student).values()
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    divergence = make_objective(cfg.divergence, cfg.beta, cfg.top_k)
-    made = optimizer, scaler, autocast, divergence
+    made = optimizer, scaler, autocast, make_objective(cfg.divergence, cfg.beta, cfg.top_k)
     return Run(cfg, task, student, teacher, base, *made, folder, identity)
 
 
@@ -644,7 +628,8 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
     kept = {name: getattr(cfg, name) for name in ("seed", "device", "dtype", "d_model")}
     cfg = Config(method="pretrain", teacher="live", steps=cfg.pretrain_steps, batch=96, **kept)
     cfg, D = cfg.resolved("pretrain"), cfg.d_model
-    shape = GPTConfig(contexts.ENCODING.n_vocab, d_model=D, head_dim=D // 4, d_ff=3 * D)
+    with reading(f"--d-model {D}"):
+        shape = GPTConfig(contexts.ENCODING.n_vocab, d_model=D, head_dim=D // 4, d_ff=3 * D)
     rng = seeded("data")
     data = [asdict(contexts.draw_pretraining(rng)) for _ in range(256)]
     identity = settings_of(cfg) | {"shape": asdict(shape), "data": digest(data)}
@@ -662,8 +647,7 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
 
 def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
     """Compile one context into `student` by one method, measured before and after. Returns the
-    result.
-    """
+    result."""
     identity = settings_of(cfg) | {"files": [digest(file.read_text()) for file in input_files(cfg)]}
     setting = f"{cfg.context}-{cfg.method}-{digest(identity | {'seed': 0})[:4]}"
     folder = Path(cfg.out) / f"{setting}-seed{cfg.seed}"  # other settings, another folder
@@ -697,8 +681,7 @@ def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
 
 def export(run: Run) -> None:
     """What transformers and vLLM load: the model with its adapters folded in, or the adapters alone
-    for PEFT.
-    """
+    for PEFT."""
     from transformers import AutoTokenizer
 
     cfg, folder = run.cfg, run.folder / "export"
@@ -711,18 +694,17 @@ def export(run: Run) -> None:
 
 
 def input_files(cfg: Config) -> list[Path]:
-    named = [cfg.prompts, cfg.heldout, cfg.context_file, cfg.template, cfg.anchor_file]
-    named += [cfg.unrelated, cfg.score.rpartition(":")[0]]
+    lines, shown = [cfg.prompts, cfg.heldout, cfg.anchor_file], [cfg.context_file, cfg.template]
+    named = [*lines, *shown, cfg.unrelated, cfg.score.rpartition(":")[0]]
     return [Path(name) for name in named if Path(name or ".").is_file()]
 
 
 def run_own(cfg: Config) -> dict:
     """A run on the user's model and files. Whatever is wrong with the files shows up before any
-    weight is loaded.
-    """
+    weight is loaded."""
     for path in [Path(cfg.model), *input_files(cfg)]:
         for place in [path.resolve(), *path.resolve().parents]:
-            if (place / "state.pt").exists() or place.suffix == ".unfinished":
+            if (place / "state.pt").exists():
                 raise BadInput(f"{path} lies in the output folder {place}: copy it elsewhere first")
     with reading(f"--model {cfg.model}"):
         shape = read_config(cfg.model)
@@ -767,7 +749,7 @@ def train(cfg: Config) -> list[dict]:
                 if cfg.method != "pretrain":
                     results.append(run_method(run_cfg, task, copy.deepcopy(base), name))
     report = Path(__file__).with_name("notebooks") / "report.py"  # the table and the figure
-    if any(results) and report.exists():
+    if any(results):
         subprocess.run([sys.executable, str(report), cfg.out], check=True)
     return results
 

@@ -120,6 +120,8 @@ def test_the_whole_story_in_small(tmp_path):
             "→" in text for text in samples
         )  # before, and after each of 4 steps
     assert len(list(tmp_path.glob("base-*"))) == 1
+    for three in zip(results[::3], results[1::3], results[2::3]):
+        assert len({result["before"]["kl"] for result in three}) == 1  # each starts as the base
 
 
 @pytest.mark.parametrize(
@@ -315,6 +317,10 @@ def test_the_base_has_its_own_recipe(reference):
         run.optimizer.defaults["betas"] == (0.9, 0.95)
         and run.optimizer.defaults["weight_decay"] == 0.0
     )
+    pretraining = Config(method="pretrain", steps=9, batch=96, device="cpu").resolved("pretrain")
+    task, student = contexts.pretraining_task(), run.student
+    base = train.assemble(pretraining, task, student, {}, Path("x"))
+    assert base.optimizer.defaults["weight_decay"] == 0.1
     identity = state_of(reference, "base-*")["identity"]
     assert (identity["batch"], identity["lr"], identity["seed"]) == (96, 3e-3, 0)
 
@@ -325,12 +331,6 @@ def test_each_seed_has_a_base_and_each_run_a_copy_of_it(tmp_path):
     assert {base["identity"]["seed"] for base in bases} == {0, 1}
     assert not same(bases[0]["model"], bases[1]["model"])
     results = train.train(smoke(tmp_path, context="all", steps=2, resume=True, method="sft"))
-    before = [
-        result["before"]["verbs"]
-        for result in results
-        if result["config"]["context"] != "instructions"
-    ]
-    assert len({json.dumps(suite) for suite in before}) <= len(before)
     first = [result["before"]["drift"] for result in results]
     assert first == pytest.approx([0.0] * 4, abs=1e-6)  # each starts as the base
 
@@ -721,7 +721,6 @@ def test_defaults_depend_on_the_method_and_on_the_model(tmp_path):
         (["--divergence", "policy_gradient", "--temperature", "0.5"], "and --temperature 1"),
         (["--divergence", "policy_gradient", "--top-k", "5"], "no --top-k"),
         (["--beta", "1"], "for its ends name the KL"),
-        (["--d-model", "130"], "must be a multiple of 8"),
         (["--d-model", "40000000"], "out of memory: lower --micro-batch"),
         (["--device", "toaster"], "--device toaster"),
         (["--lr", "nan"], "--lr nan: must be at least 0"),
