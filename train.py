@@ -88,10 +88,8 @@ METHODS = {
     "cosd": Method(("student",), "divergence", 2e-4),
     "sft": Method(("expert",), "cross_entropy", 1e-4),
     "offline": Method(("teacher",), "divergence", 2e-4),  # offline context distillation
-    "gkd": Method(
-        ("student", "expert"), "divergence", 2e-4
-    ),  # half the steps each; arXiv:2306.13649
-    "pretrain": Method(("expert",), "cross_entropy", 3e-3, warmup=50, weight_decay=0.1),  # the base
+    "gkd": Method(("student", "expert"), "divergence", 2e-4),  # by turns; arXiv:2306.13649
+    "pretrain": Method(("expert",), "cross_entropy", 3e-3, warmup=50, weight_decay=0.1),
 }
 SAVE_SECONDS = 60  # between two checkpoints
 
@@ -135,15 +133,13 @@ def fit(run: Run) -> None:
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
 
-            # Prompts x with their contexts C, and the completions y, written by whom the method
-            # says.
+            # Prompts x with their contexts C, and completions y by whoever writes here.
             with run.autocast():
                 parts = {"task": task_rows(run, step)}
                 if cfg.n_anchors:  # old prompts, so that nothing is forgotten
                     parts["anchors"] = anchor_rows(run, step)
 
-            # The teacher scores y; loss = Σ w · D, whose weights sum to one over all parts of the
-            # step.
+            # The teacher scores y. Loss = Σ w · D, with weights that sum to one over all parts.
             losses = []
             for name, rows in parts.items():
                 for micro_batch in rows.split(cfg.micro_batch):

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
 import train
 
 ROOT = Path(__file__).parent.parent

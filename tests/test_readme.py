@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
 from train import Config, parse, spelled
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import contexts
 import pytest
 import torch
+
+import contexts
 import train
 from contexts import KINDS, Example, Kind
 from train import METHODS, PRESETS, Config, main, parse
