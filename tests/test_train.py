@@ -221,6 +221,9 @@ def test_weights_sum_to_one_over_task_and_anchors(out):
     assert (len(task.prompts), len(anchors.prompts)) == (5, 2)
     assert task.weights.sum().item() == pytest.approx(5 / 7)
     assert anchors.weights.sum().item() == pytest.approx(2 / 7)
+    counted = task.mask[:, 1:].any(1)  # rows that --skip leaves a token
+    each = torch.full((5,), 5 / 7) / counted.sum() * counted
+    torch.testing.assert_close(task.weights.sum(1), each)  # --reduction sequence
     assert task.weights[:, 0].sum() == 0 < anchors.weights[:, 0].sum()  # skip is the task's
     assert anchors.prompts == anchors.scorer_prompts and anchors.scorer is run.base
     assert task.prompts != task.scorer_prompts
