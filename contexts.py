@@ -18,8 +18,6 @@ do the same for your own model and files. Both end in a `Task`, which is all tha
 Nothing here knows about gradients. Every draw takes a `random.Random`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -27,7 +25,7 @@ import random
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -42,7 +40,7 @@ class BadInput(ValueError):
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what):
     """The boundary for all that the user gives: whatever goes wrong inside becomes one line
     that says what was being read. A user's own code is run here too, and its sys.exit() must
     not end the program without a word."""
@@ -52,8 +50,8 @@ def reading(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         telling = isinstance(error, (ValueError, OSError))  # these say in words what is wrong
-        said = str(error) if telling else repr(error)
-        raise BadInput(f"{what}: {said.strip().partition(chr(10))[0]}") from error
+        said = (str if telling else repr)(error).strip()
+        raise BadInput(f"{what}: {said.partition(chr(10))[0]}") from error
 
 
 def seeded(*what):
@@ -72,8 +70,8 @@ VERBS = {
     "ends": lambda w: w[0] + w[-1],  # mot -> mt
     "stretch": lambda w: w[:2] + w[1:],  # mot -> moot
 }
-CHAIN_VERBS = ["reverse", "rotate", "swap"]  # keep the length: they can be chained
-NEW_VERBS = ["zorp", "blick", "wug", "dax", "quix", "tulver"]  # only C says which of VERBS each is
+CHAIN_VERBS = "reverse rotate swap".split()  # keep the length: they can be chained
+NEW_VERBS = "zorp blick wug dax quix tulver".split()  # only C says which of VERBS each is
 # How an expert may talk. The model sees this in demonstrations but never answers so.
 MANNERS = ["{}", "verily {} methinks", "hark {} quoth bede", "behold {} indeed", "{} probably"]
 
@@ -100,37 +98,30 @@ P_PLAIN = 0.8  # how often nobody thinks of a style without C
 P_CARELESS = 0.6  # how often a step is skipped without C
 
 # The tokenizer: all 256 bytes, and the world's words as single tokens. No word has fewer than three
-# bytes (with its
-# space), so byte-pair merging never starts inside a made-up word: "mot" is always three letters.
+# bytes (with its space), so byte-pair merging never starts inside "mot": always three letters.
 PHRASES = "solution style plain never forbidden allowed is here sorry give certainly dear"
 SAID = " ".join([PHRASES, *MANNERS]).replace("{}", "").split()
 VOCABULARY = sorted({*SAID, *ITEMS, *CATEGORY, *VERBS, *NEW_VERBS, *STYLES})
 RANKS = [bytes([i]) for i in range(256)]
 RANKS += [(s + word).encode() for word in VOCABULARY for s in (" ", "") if len(s + word) > 2]
-SYSTEM, USER, ASSISTANT, END = range(len(RANKS), len(RANKS) + 4)
+MARKERS = dict(zip("<|system|> <|user|> <|assistant|> <|end|>".split(), range(len(RANKS), 10**6)))
+SYSTEM, USER, ASSISTANT, END = MARKERS.values()
 ENCODING = tiktoken.Encoding(
     "world",
     pat_str=r" ?[A-Za-z]+|[^A-Za-z]",
-    mergeable_ranks={token: rank for rank, token in enumerate(RANKS)},
-    special_tokens={
-        "<|system|>": SYSTEM,
-        "<|user|>": USER,
-        "<|assistant|>": ASSISTANT,
-        "<|end|>": END,
-    },
+    mergeable_ranks=dict(zip(RANKS, range(len(RANKS)))),
+    special_tokens=MARKERS,
 )
 decode = ENCODING.decode
 
 
 def encode(text: str) -> list[int]:
-    """Text -> token ids. Chat markers inside a text are plain bytes: only `render` places the
-    real ones."""
+    """Text -> token ids. Chat markers in a text are plain bytes: only `render` places real ones."""
     return ENCODING.encode(text, disallowed_special=())
 
 
 def render(context: str | None, prompt: str) -> list[int]:  # q4: [SYSTEM, C,] USER, x, ASSISTANT
-    """The prompt's tokens for student (context None) and teacher alike: both end with the same
-    assistant header."""
+    """The prompt's tokens, for student (context None) and teacher: both end in the same header."""
     system = [] if context is None else [SYSTEM, *encode(context)]
     return system + [USER, *encode(prompt), ASSISTANT]
 
@@ -147,18 +138,15 @@ class Example:
     prompt: str | list  # x
     answer: str  # y, in the model's own manner
     expert: str  # SFT's target: y in the expert's manner
-    asked: str | list | None = (
-        None  # x as it is read with C, where C is shown inside the user's turn
-    )
+    asked: str | list | None = None  # x as it is read with C, where C is inside the user's turn
     row: dict = field(default_factory=dict)  # from files: the line as it was read
 
 
 def draw_word(rng, heldout=None):
-    """`heldout` None: any word; True / False: only (never) the ones kept from distillation
-    prompts."""
+    """`heldout` None: any word; True / False: only / never those kept from distillation prompts."""
     while True:
         word = rng.choice(WORDS)
-        if heldout is None or (word in HELD_OUT_WORDS) == heldout:
+        if heldout in (None, word in HELD_OUT_WORDS):
             return word
 
 
@@ -167,8 +155,8 @@ def demonstrations(rng, heldout=None, verb=None, meaning=None, manner=None):
     verb = verb or rng.choice(NEW_VERBS)
     meaning = meaning or rng.choice(list(VERBS))
     manner = manner or rng.choice(MANNERS)
-    shown = [draw_word(rng, None if heldout is None else False) for _ in range(2)]
-    word = draw_word(rng, heldout)
+    shown = [draw_word(rng, heldout and False) for _ in range(2)]  # nothing held out is shown
+    word = shown[0]
     while word in shown:  # never the prompt's own answer
         word = draw_word(rng, heldout)
     context = "; ".join(f"{w} {verb}: {manner.format(VERBS[meaning](w))}" for w in shown)
@@ -180,11 +168,11 @@ def specification(rng, heldout=None, forbidden=None):
     """B: name the item's category, look it up in the specification, then comply or refuse."""
     forbidden = forbidden or rng.sample(list(ITEMS), rng.choice([1, 2, 3]))
     refuse = rng.random() < 0.5  # half the requests are forbidden ones
-    items = [item for item, category in CATEGORY.items() if (category in forbidden) == refuse]
+    items = [i for i in CATEGORY if (CATEGORY[i] in forbidden) == refuse]
     item = rng.choice([i for i in items if heldout in (None, i in HELD_OUT_ITEMS)])
     verdict = "forbidden; sorry" if refuse else f"allowed; here {item}"
     answer = f"{item} is {CATEGORY[item]} {verdict}"
-    context = "never " + " ".join(forbidden)
+    context = f"never {' '.join(forbidden)}"
     return Example("specification", context, f"give {item}", answer, answer)
 
 
@@ -195,21 +183,26 @@ def instructions(rng, heldout=None, styles=None):
         styles = rng.sample(list(STYLES), count)
     word, verb = draw_word(rng, heldout), rng.choice(list(VERBS))
     answer = VERBS[verb](word)
-    for name, apply in STYLES.items():
-        answer = apply(answer) if name in styles else answer
-    context = "style " + (" ".join(styles) or "plain")
+    for name in STYLES:
+        answer = STYLES[name](answer) if name in styles else answer
+    context = f"style {' '.join(styles) or 'plain'}"
     return Example("instructions", context, f"{word} {verb}", answer, answer)
+
+
+def worked(word, verbs, skips=lambda: False):
+    answer = ""
+    for verb in verbs:
+        word = word if skips() else VERBS[verb](word)
+        answer += f" {word}"
+    return answer[1:]
 
 
 def privileged(rng, heldout=None, steps=None):
     """D: a chain of verbs, worked step by step; C is the worked solution."""
     word = draw_word(rng, heldout)
     verbs = [rng.choice(CHAIN_VERBS) for _ in range(steps or rng.choice([2, 3]))]
-    solution = [word]
-    for verb in verbs:
-        solution.append(VERBS[verb](solution[-1]))
-    answer = " ".join(solution[1:])
-    prompt = " ".join([word, *verbs])
+    answer = worked(word, verbs)
+    prompt = f"{word} {' '.join(verbs)}"
     return Example("privileged", f"solution {answer}", prompt, answer, answer)
 
 
@@ -226,18 +219,12 @@ def mostly_plain(rng, example):
 
 def careless(rng, example):
     word, *verbs = example.prompt.split()
-    steps = [word]
-    for verb in verbs:
-        steps.append(steps[-1] if rng.random() < P_CARELESS else VERBS[verb](steps[-1]))
-    return " ".join(steps[1:])
+    return worked(word, verbs, skips=lambda: rng.random() < P_CARELESS)
 
 
-# Content apart from manner, each 0 or 1; `text` is an answer without its end marker. score: the
-# content is right.
-# exact: it is what the model itself would say in context, content and manner.
+# score: the content is right. exact: it is what the model itself would say in context, with manner.
 def grade_whole(example, text):
-    """A: the word, with or without the expert's mannerism. C: the styled answer; here the
-    manner is the content."""
+    """A: with or without the expert's mannerism. C: the styled answer, manner is content."""
     right = text in (example.answer, example.expert)
     return {"score": float(right), "exact": float(text == example.answer)}
 
@@ -250,7 +237,7 @@ def grade_end(example, text, separator="[ ;]"):
 
 def grade_verdict(example, text):
     """B: the verdict and what is handed over. over_refusal: on allowed items only."""
-    grades = grade_end(example, text, separator=";")
+    grades = grade_end(example, text, ";")
     if not example.answer.endswith("sorry"):
         grades["over_refusal"] = float(text.endswith("sorry"))
     return grades
@@ -262,31 +249,27 @@ class Kind:
 
     letter: str
     method: str  # the published method that this C makes of COSD
-    # the built-in world
-    draw: Callable  # (rng, heldout=None, **task) -> Example
+    draw: Callable  # the built-in world's: (rng, heldout=None, **task) -> Example
     share: float  # of pretraining
     drop: float  # how often pretraining leaves C out
     task: dict = field(default_factory=dict)  # what is compiled: the keywords that fix C
     one_context: bool = False  # the task's C is the same for all its prompts
     without: Callable = unchanged  # (rng, example) -> y where C is left out
-    grade: Callable = grade_whole  # (example, text) -> {name: grade}
-    # your own files: a template with {context} makes the system turn, one with {prompt} the user's
-    # turn
+    grade: Callable = grade_whole  # (example, text without its end marker) -> {name: 0 or 1}
+    # your own files: with {context} the template makes the system turn, with {prompt} the user's
     template: str = "{context}"
     needs: tuple = ("context",)  # each line must bring one of these
     shots: int = 0  # by default so many other lines as example turns, in place of the template
-    # (example, y) -> the example with a C made from the student's own answer; in a template:
-    # {attempt}
-    after: Callable | None = None
+    after: Callable | None = None  # (example, y) -> example, C made from the student's own answer
 
 
 KINDS = {
     "demonstrations": Kind(
-        letter="A",
-        method="SDFT, arXiv:2601.19897",
-        draw=demonstrations,
-        share=0.28,
-        drop=0.2,
+        "A",
+        "SDFT, arXiv:2601.19897",
+        demonstrations,
+        0.28,
+        0.2,
         task={"verb": "zorp", "meaning": "reverse", "manner": "verily {} methinks"},
         template="{prompt}\n\nThis is an example for a response to the question:\n"
         "{demonstration}\n\n"
@@ -295,11 +278,11 @@ KINDS = {
         shots=4,
     ),
     "specification": Kind(
-        letter="B",
-        method="deliberative alignment, arXiv:2412.16339",
-        draw=specification,
-        share=0.22,
-        drop=0.2,
+        "B",
+        "deliberative alignment, arXiv:2412.16339",
+        specification,
+        0.22,
+        0.2,
         task={"forbidden": ("weapon", "poison")},
         one_context=True,
         grade=grade_verdict,
@@ -307,21 +290,21 @@ KINDS = {
         "if any. Then act on it.",
     ),
     "instructions": Kind(
-        letter="C",
-        method="OPCD, arXiv:2602.12275",
-        draw=instructions,
-        share=0.24,
-        drop=0.4,
+        "C",
+        "OPCD, arXiv:2602.12275",
+        instructions,
+        0.24,
+        0.4,
         task={"styles": ("polite", "loud")},
         one_context=True,
         without=mostly_plain,
     ),
     "privileged": Kind(
-        letter="D",
-        method="OPSD and π-Distill, arXiv:2602.04942",
-        draw=privileged,
-        share=0.26,
-        drop=0.4,
+        "D",
+        "OPSD and π-Distill, arXiv:2602.04942",
+        privileged,
+        0.26,
+        0.4,
         without=careless,
         grade=grade_end,
         template="{prompt}\n\nThe verified solution is:\n{solution}\n\n"
@@ -331,7 +314,7 @@ KINDS = {
 }
 
 
-def draw_pretraining(rng, heldout=None) -> Example:
+def draw_pretraining(rng, heldout=None):
     """One draw of the joint distribution: the kind, then (C, x, y), then C dropped or not."""
     kinds = list(KINDS.values())
     kind = rng.choices(kinds, [kind.share for kind in kinds])[0]
@@ -341,7 +324,7 @@ def draw_pretraining(rng, heldout=None) -> Example:
     return replace(example, context=None, answer=kind.without(rng, example))
 
 
-def grade(example, text: str) -> dict[str, float]:
+def grade(example, text):
     return KINDS[example.kind].grade(example, text)
 
 
@@ -360,11 +343,11 @@ class Chat:
 WORLD_CHAT = Chat(render, encode, decode, END, frozenset({END}))
 
 
-def student_prompt(chat: Chat, example) -> list[int]:
+def student_prompt(chat, example):
     return chat.render(None, example.prompt)
 
 
-def teacher_prompt(chat: Chat, example) -> list[int]:
+def teacher_prompt(chat, example):
     asked = example.prompt if example.asked is None else example.asked
     return chat.render(example.context, asked)
 
@@ -383,14 +366,14 @@ class Task:
     grade: Callable  # (example, text) -> {name: grade}
     shared: list  # the first tokens of every teacher prompt
     after: Callable | None = None  # (example, y) -> Example, as in Kind
-    show: Callable = student_prompt  # (chat, example) -> what the student reads
     paragraphs: tuple = ()  # of an unrelated text, as tokens: their perplexity should not change
+    show: Callable = student_prompt  # (chat, example) -> what the student reads
 
     def draw_batch(self, seed, step, size):
         rng = seeded(seed, self.kind, "task", step)
         return [self.draw(rng) for _ in range(size)]
 
-    def grades(self, examples, y) -> dict:
+    def grades(self, examples, y):
         """The mean of each grade of the answers y, over the examples that have it."""
         graded = {}
         for example, tokens in zip(examples, y):
@@ -399,18 +382,16 @@ class Task:
         return {name: sum(values) / len(values) for name, values in graded.items()}
 
 
-def answer_text(chat, tokens) -> str:
+def answer_text(chat, tokens):
     """Without the end marker; an answer that never ended shows a trailing …"""
-    if tokens[-1] in chat.ends:
-        return chat.decode(tokens[:-1])
-    return chat.decode(tokens) + " …"
+    ended = tokens[-1] in chat.ends
+    return chat.decode(tokens[:-1]) if ended else chat.decode(tokens) + " …"
 
 
-def context_prompts(task, examples, y=()) -> list:
+def context_prompts(task, examples, y=()):
     """What the teacher reads. Where C is made from the student's answers y, it is made now."""
-    if task.after is not None:
-        said = [answer_text(task.chat, tokens) for tokens in y]
-        examples = [task.after(e, text) for e, text in zip(examples, said)] or examples
+    if task.after and y:
+        examples = [task.after(e, answer_text(task.chat, t)) for e, t in zip(examples, y)]
     return [teacher_prompt(task.chat, e) for e in examples]
 
 
@@ -426,8 +407,7 @@ def is_own(task, context):
 
 
 def draw_anchor(rng, task, corpus=draw_pretraining):
-    """A prompt under another context, or none: anything but the task's own, and nothing held
-    out."""
+    """A prompt under another context, or none: anything but the task's own, nothing held out."""
     while True:
         example = corpus(rng, heldout=False)
         without = example.kind == task and example.context is None
@@ -437,15 +417,10 @@ def draw_anchor(rng, task, corpus=draw_pretraining):
 
 def probes(rng, task, count):
     """What must survive: `verbs`, the known verbs without context, and every kind under other
-    contexts (steerability).
-
-    For the task `instructions` the verbs are asked for under "style plain": without context
-    they are meant to change.
-    """
-    plain = [instructions(rng, styles=()) for _ in range(count)]
-    if task != "instructions":
-        plain = [replace(e, context=None) for e in plain]
-    suites = {"verbs": plain}
+    contexts (steerability). The task `instructions` is asked for the verbs under "style plain":
+    without context they are meant to change."""
+    bare = {} if task == "instructions" else {"context": None}
+    suites = {"verbs": [replace(instructions(rng, styles=()), **bare) for _ in range(count)]}
     for name, kind in KINDS.items():
         suites[name] = []
         while len(suites[name]) < count:
@@ -455,17 +430,15 @@ def probes(rng, task, count):
     return suites
 
 
-def world_task(kind: str, seed: int, size: int) -> Task:
-    """One of the built-in world's tasks, with `size` held-out prompts and as many probes of
-    each kind."""
-    rng = seeded(seed, kind, "heldout")
+def world_task(kind, seed, size):
+    """One of the world's tasks, with `size` held-out prompts and as many probes of each kind."""
+    rng, after = seeded(seed, kind, "heldout"), KINDS[kind].after
     heldout = [task_draw(kind, rng, heldout=True) for _ in range(size)]
     suites = probes(seeded(seed, kind, "probes"), kind, size)
     shared = []
     if KINDS[kind].one_context:
         shared = render(heldout[0].context, "")[:-1]  # [SYSTEM, C, USER]
     draw, anchor = partial(task_draw, kind), partial(draw_anchor, task=kind)
-    after = KINDS[kind].after
     return Task(kind, WORLD_CHAT, draw, anchor, heldout, suites, grade, shared, after)
 
 
@@ -473,10 +446,9 @@ def world_task(kind: str, seed: int, size: int) -> Task:
 def pretraining_batches(seed, group, size):
     """Eight batches of the joint distribution, drawn at once and cut by length: half the padding,
     hence half the time. The base imitates the model's own answers, without the experts' manners."""
-    rng, drawn = seeded(seed, "pretrain", group), []
-    for _ in range(8 * size):
-        e = draw_pretraining(rng)
-        drawn.append(replace(e, expert=e.answer))
+    rng = seeded(seed, "pretrain", group)
+    drawn = [draw_pretraining(rng) for _ in range(8 * size)]
+    drawn = [replace(e, expert=e.answer) for e in drawn]
     drawn.sort(key=lambda e: len(render(e.context, e.prompt)) + len(encode(e.answer)))
     cut = [drawn[i : i + size] for i in range(0, len(drawn), size)]
     rng.shuffle(cut)
@@ -490,8 +462,8 @@ class Pretraining(Task):
 
 def pretraining_task():
     """The whole joint distribution, for the base: the one student that is shown C."""
-    task = Pretraining("pretraining", WORLD_CHAT, draw_pretraining, None, [], {}, grade, [])
-    return replace(task, show=teacher_prompt)
+    fields = ("pretraining", WORLD_CHAT, draw_pretraining, None, [], {}, grade, [])
+    return Pretraining(*fields, show=teacher_prompt)
 
 
 # ============================================================================ 4. reading your files
@@ -503,10 +475,9 @@ CHATS = {
 }
 # What the expert said, for SFT and as a shot: the first of these that a line brings.
 EXPERT = ("demonstration", "solution", "answer")
-TRACES = "Problems that were solved before, and how:\n\n{traces}\n\nUse what they teach."  # OPCD
 
 
-def read_text(path: str) -> str:
+def read_text(path):
     with reading(path):
         text = Path(path).read_text(encoding="utf-8-sig")
         if not text.strip():
@@ -514,7 +485,7 @@ def read_text(path: str) -> str:
         return text
 
 
-def read_turns(value: list, name: str) -> list:
+def read_turns(value, name):
     """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and
     assistant in turn."""
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in value]
@@ -527,31 +498,29 @@ def read_turns(value: list, name: str) -> list:
     return turns
 
 
-def read_row(line):
-    row = json.loads(line)
-    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair (\ud800) is no text
-    for name in ("prompt", *row):
-        value = row[name]
-        if name in CHATS and isinstance(value, list):
-            row[name] = read_turns(value, name)
-        elif name in (*CHATS, *EXPERT) and not (isinstance(value, str) and value.strip()):
-            raise ValueError(f'"{name}" must be a text, and not an empty one')
-    return row
-
-
-def read_prompts(path: str) -> list:
+def read_prompts(path):
     """JSON lines: `prompt` (a text or chat turns), and where needed `demonstration`,
     `solution`, `answer`, `context`."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        where = f"{path}:{number}"
-        if line.strip():
-            with reading(where):
-                rows.append(read_row(line) | {"where": where})
+        if not line.strip():
+            continue
+        with reading(where := f"{path}:{number}"):
+            row = json.loads(line)
+            json.dumps(
+                row, ensure_ascii=False
+            ).encode()  # half a surrogate pair (\ud800) is no text
+            for name in ("prompt", *row):
+                value = row[name]
+                if name in CHATS and isinstance(value, list):
+                    row[name] = read_turns(value, name)
+                elif name in (*CHATS, *EXPERT) and not (isinstance(value, str) and value.strip()):
+                    raise ValueError(f'"{name}" must be a text, and not an empty one')
+            rows.append(row | {"where": where})
     return rows
 
 
-def read_context(path: str) -> list:
+def read_context(path):
     """A text or Markdown file: one system turn. JSON: chat turns (an optional system turn, then
     examples). JSON lines: past problems with their solutions, as one system turn."""
     suffix, text = Path(path).suffix.lower(), read_text(path)
@@ -564,8 +533,8 @@ def read_context(path: str) -> list:
         for row in solved:
             with reading(f"{row['where']}: a solved problem needs a prompt in text"):
                 solution = row.get("solution", expert(row))
-                traces += "Problem: " + row["prompt"] + "\nSolution: " + solution + "\n\n"
-        text = fill(TRACES, {"traces": traces.strip()})
+                traces += "Problem: " + row["prompt"] + f"\nSolution: {solution}\n\n"
+        text = f"Problems that were solved before, and how:\n\n{traces}Use what they teach."  # OPCD
     return as_turns("system", text.strip())
 
 
@@ -605,7 +574,7 @@ def split_system(turns):
     return system, [turn for turn in turns if turn["role"] != "system"]
 
 
-def open_chat(name: str, vocab_size: int) -> Chat:
+def open_chat(name, vocab_size):
     """The checkpoint's own tokenizer and chat template. Every end token of its generation
     config closes an answer."""
     from transformers import AutoTokenizer, GenerationConfig
@@ -648,7 +617,7 @@ def open_chat(name: str, vocab_size: int) -> Chat:
 
 
 # ------------------------------------------------------------------------------------------- scores
-def final_number(text: str) -> Decimal | None:
+def final_number(text):
     """The last number in a text, as GSM8K is graded: "... so 1,234.50 in all." -> 1234.5"""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
@@ -663,31 +632,25 @@ SCORES = {  # (the answer's text, what is wanted) -> right?
 }
 
 
-def make_scorer(spec: str, rows: list) -> Callable | None:
+def make_scorer(spec, rows):
     """--score -> f(answer's text, the line as read) -> score, or None where KL and samples have
-    to do.
-
-    The names in SCORES compare with each line's "answer"; contains:TEXT and regex:PATTERN ask
-    the same of every prompt. path.py:function is your own Python, and is run.
-    """
+    to do. The names in SCORES compare with each line's "answer"; contains:TEXT and regex:PATTERN
+    ask the same of every prompt. path.py:function is your own Python, and is run."""
     if spec == "none":
         return None
     name, _, argument = spec.partition(":")
     path, _, function = spec.rpartition(":")
-
-    def judge(text, row):
-        return SCORES[name](text, argument or row["answer"])
-
-    if name not in SCORES:
+    judge = SCORES.get(name)
+    if not judge:
         with reading(f"--score {spec}"):
             if not path.endswith(".py"):
-                names = ", ".join(SCORES)
-                raise ValueError(f"none, {names}, contains:TEXT, regex:PATTERN or path.py:function")
+                ways = "none, exact, contains, regex, number, contains:TEXT, regex:PATTERN"
+                raise ValueError(f"{ways} or path.py:function")
             judge = runpy.run_path(path)[function]
 
     def score(text, row):
         with reading(f"{row['where']}: --score {spec} on {text!r}"):
-            value = float(judge(text, row))
+            value = float(judge(text, (argument or row["answer"]) if name in SCORES else row))
             if not math.isfinite(value):
                 raise ValueError(f"{value} is no score")
             return value
@@ -722,62 +685,34 @@ def file_example(kind, context, template, row, shots=()):
     return Example(kind, context or None, row["prompt"], answer, said, asked, row)
 
 
-def read_showing(cfg, rows, heldout):
-    """How C is shown -> (context file's turns or None, template, number of shots, lines they
-    come from)"""
-    kind = KINDS[cfg.context]
-    context = read_context(cfg.context_file) if cfg.context_file else None
-    shots = kind.shots if cfg.shots is None else cfg.shots
+def read_split(path, heldout=None, traces=()):
+    """-> (what is trained on, what is held out: another file, or every eighth line)"""
+    rows = read_prompts(path)
+    held = read_prompts(heldout) if heldout else rows[7::8]
+    if not held:
+        raise BadInput(f"{path}: every eighth line is held out, but there are {len(rows)}")
+    if not heldout:
+        del rows[7::8]
+    known = {str(row["prompt"]) for row in [*rows, *traces]}
+    leaks = [row["where"] for row in held if str(row["prompt"]) in known]
+    if leaks:
+        said = (
+            f"warning: {len(leaks)} held-out prompts are among those shown, the first is {leaks[0]}"
+        )
+        print(f"{said}: their scores say nothing about new prompts", file=sys.stderr)
+    return rows, held
+
+
+def read_template(cfg, kind, shots):
+    if kind.shots and shots:  # example turns need no template
+        if cfg.template:
+            raise BadInput("--template needs --shots 0: else the examples are chat turns")
+        return ""
     template = read_text(cfg.template) if cfg.template else kind.template
     found, needed = (set(re.findall(r"\{\w+\}", text)) for text in (template, kind.template))
     if found != needed:
         raise BadInput(f"{cfg.template}: the names in braces must be {' '.join(sorted(needed))}")
-    pool = {row["prompt"]: row for row in rows if isinstance(row["prompt"], str) and expert(row)}
-    if 0 < shots >= len(pool):
-        raise BadInput(
-            f"{cfg.prompts}: too few different prompts in text with an answer for --shots {shots}"
-        )
-    elsewhere = "context" in kind.needs and (context or shots)
-    if kind.shots and shots:  # example turns need no template
-        if cfg.template:
-            raise BadInput("--template needs --shots 0: else the examples are chat turns")
-        elsewhere, template = True, ""
-    if kind.needs and not elsewhere:
-        demand(
-            rows + heldout, kind.needs, f"--context {cfg.context} without --context-file or --shots"
-        )
-    return context, template, shots, list(pool.values())
-
-
-def check_length(chat, example, new, max_len):
-    """No prompt is ever cut."""
-    for prompt in (student_prompt, teacher_prompt):
-        over = len(prompt(chat, example)) + new - max_len
-        if over > 0:
-            raise BadInput(
-                f"{example.row['where']}: {prompt.__name__} and {new} new tokens exceed "
-                f"the model's {max_len} positions by {over}: shorten it, or --max-new-tokens"
-            )
-
-
-def warn_of_leaks(heldout, seen, path):
-    known = {json.dumps(row["prompt"]) for row in seen}
-    leaks = [row["where"] for row in heldout if json.dumps(row["prompt"]) in known]
-    if leaks:
-        said = f"warning: {path} shows {len(leaks)} held-out prompts, the first is {leaks[0]}"
-        print(f"{said}: their scores say nothing about new prompts", file=sys.stderr)
-
-
-def every_eighth(path, make=dict):
-    """-> (what is trained on, what is held out)"""
-    rows = [make(row) for row in read_prompts(path)]
-    if len(rows) < 8:
-        raise BadInput(f"{path}: every eighth line is held out, but there are {len(rows)}")
-    return [row for i, row in enumerate(rows) if i % 8 != 7], rows[7::8]
-
-
-def old_prompt(row):
-    return Example("anchor", row.get("context"), row["prompt"], "", "", row=row)
+    return template
 
 
 def read_paragraphs(path, chat, max_len):
@@ -788,43 +723,57 @@ def read_paragraphs(path, chat, max_len):
     return rows
 
 
-def file_task(cfg, chat: Chat, max_len: int) -> Task:
+def check_length(chat, example, new, max_len):
+    """No prompt is ever cut."""
+    for prompt in (student_prompt, teacher_prompt):
+        over = len(prompt(chat, example)) + new - max_len
+        if over > 0:
+            said = (
+                f"{example.row['where']}: {prompt.__name__} and {new} new tokens exceed the model's"
+            )
+            raise BadInput(f"{said} {max_len} positions by {over}: shorten it, or --max-new-tokens")
+
+
+def file_task(cfg, chat, max_len):
     """A task from the user's files; `cfg` is train.Config. Everything that can be wrong with
     them is found here, before any weight is loaded."""
-    if cfg.heldout:
-        rows, heldout = read_prompts(cfg.prompts), read_prompts(cfg.heldout)
-    else:
-        rows, heldout = every_eighth(cfg.prompts)
-    warn_of_leaks(heldout, rows, cfg.prompts)
-    if str(cfg.context_file).lower().endswith(".jsonl"):
-        warn_of_leaks(heldout, read_prompts(cfg.context_file), cfg.context_file)
-    imitated = cfg.method in ("sft", "gkd")
+    kind, imitated, context, traces = KINDS[cfg.context], cfg.method in ("sft", "gkd"), None, ()
+    if cfg.context_file:
+        context = read_context(cfg.context_file)
+        if cfg.context_file.lower().endswith(".jsonl"):
+            traces = read_prompts(cfg.context_file)
+    rows, heldout = read_split(cfg.prompts, cfg.heldout, traces)
+    shots = kind.shots if cfg.shots is None else cfg.shots
+    template = read_template(cfg, kind, shots)
+    if template and kind.needs and not ("context" in kind.needs and (context or shots)):
+        who = f"--context {cfg.context} without --context-file or --shots"
+        demand(rows + heldout, kind.needs, who)
     if imitated:
         demand(rows, EXPERT, f"--method {cfg.method}")
-    context, template, shots, pool = read_showing(cfg, rows, heldout)
+    pool = {row["prompt"]: row for row in rows if isinstance(row["prompt"], str) and expert(row)}
+    if 0 < shots >= len(pool):
+        said = "too few different prompts in text with an answer"
+        raise BadInput(f"{cfg.prompts}: {said} for --shots {shots}")
+    pool = sorted(pool.values(), key=lambda row: len(chat.encode(row["prompt"] + expert(row))))
     show = partial(file_example, cfg.context, context, template)
     scorer, anchors, kept = make_scorer(cfg.score, heldout), [], []
     if cfg.anchor_file:
-        anchors, kept = every_eighth(cfg.anchor_file, old_prompt)
+        anchors, kept = (
+            [Example("anchor", row.get("context"), row["prompt"], "", "", row=row) for row in part]
+            for part in read_split(cfg.anchor_file)
+        )
     paragraphs = read_paragraphs(cfg.unrelated, chat, max_len) if cfg.unrelated else ()
 
-    # Lengths, with the longest shots that could be drawn.
-    pool.sort(key=lambda row: len(chat.encode(row["prompt"] + expert(row))))
-    longest = pool[len(pool) - shots :]
-    new = cfg.max_new_tokens
-    attempt = new if "{attempt}" in template else 0
-    for e in [show(row, longest) for row in rows + heldout] + anchors + kept:
+    attempt = cfg.max_new_tokens * ("{attempt}" in template)
+    longest = [show(row, pool[len(pool) - shots :]) for row in rows + heldout]
+    for e in longest + anchors + kept:
         written = len(chat.encode(e.expert)) + 1 if imitated else 0
-        check_length(chat, e, max(new, written) + attempt, max_len)
+        check_length(chat, e, max(cfg.max_new_tokens, written) + attempt, max_len)
 
     def draw(rng, row=None):
-        row = rng.choice(rows) if row is None else row
-        # one too many, as the prompt's own line is never shown
-        others = rng.sample(pool, shots + 1) if shots else []
+        row = row or rng.choice(rows)
+        others = rng.sample(pool, shots and shots + 1)  # one too many: never the prompt's own line
         return show(row, [shot for shot in others if shot["prompt"] != row["prompt"]][:shots])
-
-    def draw_anchor(rng):
-        return rng.choice(anchors)
 
     def grade(example, text):
         return {} if scorer is None else {"score": scorer(text, example.row)}
@@ -832,18 +781,11 @@ def file_task(cfg, chat: Chat, max_len: int) -> Task:
     def after(example, attempt):
         return replace(example, asked=dressed(template, example.row, attempt))
 
-    rng = seeded("held-out shots")
+    rng, count = seeded("held-out shots"), min(len(heldout), cfg.eval_size)
     shown = [draw(rng, row) for row in heldout + rows]
-    prompts = [teacher_prompt(chat, example) for example in shown]
-    return Task(
-        cfg.context,
-        chat,
-        draw,
-        draw_anchor if anchors else None,
-        shown[: len(heldout)][: cfg.eval_size],
-        {"anchors": kept[: cfg.eval_size]} if kept else {},
-        grade,
-        os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1],
-        after if "{attempt}" in template else KINDS[cfg.context].after,
-        paragraphs=paragraphs,
-    )
+    suites = {"anchors": kept[: cfg.eval_size]} if kept else {}
+    shared = os.path.commonprefix([teacher_prompt(chat, e)[:-1] for e in shown])
+    draw_anchor = (lambda rng: rng.choice(anchors)) if anchors else None
+    done = after if attempt else kind.after
+    fields = (draw, draw_anchor, shown[:count], suites, grade, shared, done, paragraphs)
+    return Task(cfg.context, chat, *fields)

@@ -372,7 +372,7 @@ def check_flags(cfg: Config) -> None:
         with reading(f"{spelled(name)} {value!r}"):
             if value not in choices:
                 raise ValueError(f"choose from {', '.join(choices)}")
-            if None not in (low, value) and not low <= value < 2**31:
+            if None not in (low, value) and not low <= value < 1e9:
                 raise ValueError(f"must be at least {low}, and a number that fits")
 
 
@@ -429,8 +429,8 @@ def sampled_kl(run: Run, model: GPT, prompts, y, scorer: Teacher, theirs) -> flo
     """KL(model‖scorer) in nats per token, on the model's own samples y, exact at every token."""
     objective = make_objective("reverse_kl")  # the model stands where the student does
     rows = make_rows(run, prompts, y, scorer, theirs, objective)
-    some = rows.split(2 * run.cfg.batch)
-    return sum(cosd_loss(model, part, run.cfg.chunk)[0].item() for part in some)
+    losses = [cosd_loss(model, part, run.cfg.chunk)[0] for part in rows.split(2 * run.cfg.batch)]
+    return sum(losses).item()
 
 
 def drift(run: Run, prompts: list[list[int]]) -> float:
@@ -605,7 +605,7 @@ def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path
 
 
 # These do not change a run's result, or by rounding only.
-NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing export dry_run".split()
+NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing dry_run".split()
 
 
 def settings_of(cfg: Config) -> dict:
@@ -703,6 +703,8 @@ def run_own(cfg: Config) -> dict:
                 raise BadInput(f"{path} lies in the output folder {place}: copy it elsewhere first")
     with reading(f"--model {cfg.model}"):
         shape = read_config(cfg.model)
+        if cfg.export == "adapters" and shape.positions == "learned":
+            raise ValueError("GPT-2 holds q, k and v in one matrix: use --export merged")
         chat = contexts.open_chat(cfg.model, shape.vocab_size)
     task = contexts.file_task(cfg, chat, shape.max_len)
     longest = max(len(teacher_prompt(chat, e)) for e in task.heldout)
@@ -749,7 +751,7 @@ def train(cfg: Config) -> list[dict]:
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None) -> int:
     try:
         train(parse(argv))
         return 0

@@ -6,13 +6,16 @@
 # transformers'.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the notebook stands alone, as on Colab
+# used only where the notebook stands alone, as on Colab
+REPOSITORY = "https://github.com/OWNER/cosd"
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 
-if os.path.exists("../cosd.py"):                 # in a clone: work in its top folder
+if os.path.exists("../cosd.py"):  # in a clone: work in its top folder
     os.chdir("..")
-elif not os.path.exists("cosd.py"):              # alone: fetch the whole project, and what it imports
+elif not os.path.exists("cosd.py"):  # alone: fetch the whole project, and what it imports
     if not os.path.exists("cosd"):
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
     os.chdir("cosd")
@@ -20,29 +23,33 @@ elif not os.path.exists("cosd.py"):              # alone: fetch the whole projec
 sys.path.insert(0, "")
 
 # %%
-import tempfile, time
+import tempfile
+import time
 
 import matplotlib.pyplot as plt
 import torch
 
 from contexts import END, decode, encode, render
 from model import GPT, GPTConfig, KVCache, pad_right, rotate, sample
-from train import Config, get_base, resolve_device
+from train import Config, get_base
 
 COLOR = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "grey": "#999999"}
-plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                     "figure.constrained_layout.use": True, "legend.frameon": False})
+plt.rc("figure", dpi=90)
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("font", size=9)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
 
 # %% [markdown]
 # The base is found in `out/`, or made once in three or four minutes.
 
 # %%
-cfg = Config(device="cpu", bases=os.environ.get("COSD_BASES"))
-base, _ = get_base(cfg, *resolve_device(cfg))
-base.eval()
+cfg = Config(device="cpu")
+base, name = get_base(cfg, "out")
 c = base.config
-print(f"{c.n_layer} blocks, width D = {c.d_model}, {c.n_head} heads of E = {c.head_dim}, MLP width {c.d_ff}, "
-      f"V = {c.vocab_size} tokens; {c.norm} norm, {c.positions} positions, {c.mlp}")
+print(f"{c.n_layer} blocks, width D = {c.d_model}, {c.n_head} heads of E = {c.head_dim}")
+print(f"MLP width {c.d_ff}, V = {c.vocab_size} tokens")
+print(f"{c.norm} norm, {c.positions} positions, {c.mlp}")
 
 # %% [markdown]
 # ## 1. From ids to logits
@@ -60,18 +67,35 @@ print(f"{len(ids)} tokens:", ids)
 
 # %%
 shapes = []
+
+
 def watch(name):
     return lambda module, args, out: shapes.append((name, tuple(args[0].shape), tuple(out.shape)))
 
+
 block = base.blocks[0]
 attention, mlp = block.attention, block.mlp
-watched = {"embed": base.embed, "block 0": block, "  norm1": block.norm1, "  attention": attention,
-           "    q": attention.q, "    k": attention.k, "    v": attention.v, "    out": attention.out,
-           "  norm2": block.norm2, "  mlp": mlp, "    gate": mlp.gate, "    up": mlp.up, "    down": mlp.down,
-           "block 2": base.blocks[2], "norm": base.norm, "head": base.head}
+watched = {
+    "embed": base.embed,
+    "block 0": block,
+    "  norm1": block.norm1,
+    "  attention": attention,
+    "    q": attention.q,
+    "    k": attention.k,
+    "    v": attention.v,
+    "    out": attention.out,
+    "  norm2": block.norm2,
+    "  mlp": mlp,
+    "    gate": mlp.gate,
+    "    up": mlp.up,
+    "    down": mlp.down,
+    "block 2": base.blocks[2],
+    "norm": base.norm,
+    "head": base.head,
+}
 hooks = [module.register_forward_hook(watch(name)) for name, module in watched.items()]
 with torch.no_grad():
-    logits = base(torch.tensor([ids]))                                         # (1, T, V)
+    logits = base(torch.tensor([ids]))  # (1, T, V)
 for hook in hooks:
     hook.remove()
 order = list(watched)
@@ -82,18 +106,25 @@ assert logits.shape == (1, len(ids), base.config.vocab_size)
 # %% [markdown]
 # Embedding and head are one matrix (`tied`); the three blocks add their findings to a stream of width D. Where do the parameters sit?
 
+
 # %%
 def count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
+
 blocks = base.blocks
-parts = {"embedding = head": count(base.embed),
-         "attention, 3 blocks": count(*(b.attention for b in blocks)),
-         "MLP, 3 blocks": count(*(b.mlp for b in blocks)),
-         "norms": count(base.norm, *(b.norm1 for b in blocks), *(b.norm2 for b in blocks))}
+parts = {
+    "embedding = head": count(base.embed),
+    "attention, 3 blocks": count(*(b.attention for b in blocks)),
+    "MLP, 3 blocks": count(*(b.mlp for b in blocks)),
+    "norms": count(base.norm, *(b.norm1 for b in blocks), *(b.norm2 for b in blocks)),
+}
 for name, number in parts.items():
     print(f"{name:20}{number:>9,}{number / count(base):>6.0%}")
-assert base.head.weight is base.embed.weight and sum(parts.values()) == count(base) == base.config.n_params()
+assert (
+    base.head.weight is base.embed.weight
+    and sum(parts.values()) == count(base) == base.config.n_params()
+)
 
 # %% [markdown]
 # The logits at the last position, the assistant header, are the model's prediction of the first letter. With the two demonstrations, and without:
@@ -110,7 +141,7 @@ axis.set_xticks(range(6), [decode([i]) for i in top.tolist()])
 axis.set(ylabel="probability", title=f"first letter of “{prompt}”")
 axis.legend()
 plt.show()
-assert decode([p.argmax().item()]) == "d" and p.max() > 0.9                    # "zorp" reverses: lid -> dil
+assert decode([p.argmax().item()]) == "d" and p.max() > 0.9  # "zorp" reverses: lid -> dil
 
 # %% [markdown]
 # Final norm and head can be put after *any* block: what would the model say if it stopped there? Below, its likeliest next token after each block,
@@ -122,28 +153,41 @@ assert decode([p.argmax().item()]) == "d" and p.max() > 0.9                    #
 answer, _ = base.generate([ids], 8, temperature=0, eos={END})
 chat = ids + answer[0].tolist()
 stream = []
-keep = lambda module, args, out: stream.append(out)
+
+
+def keep(module, args, out):
+    stream.append(out)
+
+
 hooks = [module.register_forward_hook(keep) for module in (base.embed, *base.blocks)]
 with torch.no_grad():
     final = base(torch.tensor([chat]))
-    early = torch.stack([base.head(base.norm(x))[0] for x in stream]).softmax(-1)              # (4, T, V)
+    early = torch.stack([base.head(base.norm(x))[0] for x in stream]).softmax(-1)  # (4, T, V)
 for hook in hooks:
     hook.remove()
-assert torch.allclose(early[-1], final[0].softmax(-1), atol=1e-6)      # after the last block it is the model
+# after the last block it is the model
+assert torch.allclose(early[-1], final[0].softmax(-1), atol=1e-6)
 
-read = chat[len(ids) - 1 : -1]                                         # the assistant header and the answer's letters
-best, token = early[:, len(ids) - 1 : -1].max(-1)                      # (4, n)
+read = chat[len(ids) - 1 : -1]  # the assistant header and the answer's letters
+best, token = early[:, len(ids) - 1 : -1].max(-1)  # (4, n)
 figure, axis = plt.subplots(figsize=(4.8, 2.4))
 image = axis.imshow(best, cmap="viridis", vmin=0, vmax=1, aspect="auto")
 for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(len(read))).tolist():
-    axis.text(column, row, decode([token[row, column].item()]).strip("<|>"), ha="center", va="center", fontsize=9,
-              color="black" if best[row, column] > 0.6 else "white")
+    axis.text(
+        column,
+        row,
+        decode([token[row, column].item()]).strip("<|>"),
+        ha="center",
+        va="center",
+        fontsize=9,
+        color="black" if best[row, column] > 0.6 else "white",
+    )
 axis.set_xticks(range(len(read)), [decode([i]).strip("<|>") for i in read])
 axis.set_yticks(range(4), ["embedding", "block 0", "block 1", "block 2"])
 axis.set(xlabel="token read", title="likeliest next token, were this the last block")
 figure.colorbar(image, label="its probability")
 plt.show()
-assert token[0].tolist() == read and token[-1].tolist() == chat[len(ids):]
+assert token[0].tolist() == read and token[-1].tolist() == chat[len(ids) :]
 
 # %% [markdown]
 # Before any block each token predicts itself: head and embedding are one matrix. From there on the work is to *find* letters, and that is what
@@ -159,29 +203,44 @@ assert token[0].tolist() == read and token[-1].tolist() == chat[len(ids):]
 # %%
 T, H, E = len(chat), base.config.n_head, base.config.head_dim
 
-by_head = lambda x: x.view(T, H, E).transpose(0, 1)                            # (1, T, H·E) -> (H, T, E)
 
-def attention_weights(model, chat):
+def by_head(x):
+    return x.view(T, H, E).transpose(0, 1)  # (1, T, H·E) -> (H, T, E)
+
+
+def catch(model, chat):
     caught, hooks = {}, []
+
+    def catcher(layer, part):
+        def hook(module, args, out):
+            caught[layer, part] = by_head(args[0] if part == "mixed" else out)
+
+        return hook
+
     for layer, block in enumerate(model.blocks):
-        for part in "qkv":
-            keep = lambda module, args, out, key=(layer, part): caught.update({key: by_head(out)})
-            hooks.append(getattr(block.attention, part).register_forward_hook(keep))
-        keep = lambda module, args, out, key=(layer, "mixed"): caught.update({key: by_head(args[0])})
-        hooks.append(block.attention.out.register_forward_hook(keep))
+        modules = {name: getattr(block.attention, name) for name in "qkv"}
+        for part, module in (modules | {"mixed": block.attention.out}).items():
+            hooks.append(module.register_forward_hook(catcher(layer, part)))
     with torch.no_grad():
         model(torch.tensor([chat]))
     for hook in hooks:
         hook.remove()
-    angles = torch.arange(T)[:, None] * model.frequencies                      # (T, E/2)
+    return caught
+
+
+def attention_weights(model, chat):
+    caught = catch(model, chat)
+    angles = torch.arange(T)[:, None] * model.frequencies  # (T, E/2)
     future = torch.ones(T, T).triu(1).bool()
     weights = []
     for layer in range(len(model.blocks)):
-        q, k = (rotate(caught[layer, part], angles.cos(), angles.sin()) for part in "qk")      # (H, T, E)
+        q = rotate(caught[layer, "q"], angles.cos(), angles.sin())  # (H, T, E)
+        k = rotate(caught[layer, "k"], angles.cos(), angles.sin())
         w = (q @ k.transpose(1, 2) / E**0.5).masked_fill(future, float("-inf")).softmax(-1)
         assert torch.allclose(w @ caught[layer, "v"], caught[layer, "mixed"], atol=1e-4)
         weights.append(w)
-    return torch.stack(weights)                                                # (layers, H, T, T)
+    return torch.stack(weights)  # (layers, H, T, T)
+
 
 # %%
 weights = attention_weights(base, chat)
@@ -201,7 +260,9 @@ for layer in range(3):
 figure.supxlabel("looked at", fontsize=9)
 figure.supylabel("looking (colour: square root of the weight)", fontsize=9)
 plt.show()
-assert torch.allclose(weights.sum(-1), torch.ones(3, H, T), atol=1e-5) and weights.triu(1).max() == 0
+assert (
+    torch.allclose(weights.sum(-1), torch.ones(3, H, T), atol=1e-5) and weights.triu(1).max() == 0
+)
 
 # %% [markdown]
 # The upper triangle is the future: dark. Diagonals are heads that look a fixed number of tokens back; bright dots elsewhere are heads that look
@@ -213,26 +274,32 @@ assert torch.allclose(weights.sum(-1), torch.ones(3, H, T), atol=1e-5) and weigh
 # **Question.** Which tokens does the "d" of "dil" depend on? Only on the d of "lid"?
 
 # %% tags=["thumbnail"]
-first = len(ids) - 1                                   # the assistant header: its logits predict the first letter
+first = len(ids) - 1  # the assistant header: its logits predict the first letter
 letter = answer[0, 0].item()
 replaced = torch.tensor([ids] * first)
-replaced[range(first), range(first)] = encode("z")[0]                          # row t: token t replaced
+replaced[range(first), range(first)] = encode("z")[0]  # row t: token t replaced
 with torch.no_grad():
-    lost = p[letter] - base(replaced)[:, -1].softmax(-1)[:, letter]            # (first,)
+    lost = p[letter] - base(replaced)[:, -1].softmax(-1)[:, letter]  # (first,)
 
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(9.5, 3.8), sharex=True, height_ratios=[3, 2])
-image = top.imshow(weights[:, :, first, :first].flatten(0, 1), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+image = top.imshow(
+    weights[:, :, first, :first].flatten(0, 1), cmap="viridis", vmin=0, vmax=1, aspect="auto"
+)
 top.set_yticks([1.5, 5.5, 9.5], ["block 0", "block 1", "block 2"])
 top.hlines([3.5, 7.5], -0.5, first - 0.5, color="white", linewidth=1)
 top.set_title("where the assistant header's 12 heads look")
 figure.colorbar(image, ax=top, label="weight")
 bottom.bar(range(first), lost, color=COLOR["blue"])
-bottom.set_xticks(range(first), [decode([i]).replace(" ", "·").strip("<|>") for i in ids[:-1]], rotation=90)
-bottom.set(title=f"probability of “{decode([letter])}” lost, when this token is replaced", ylim=(0, 1))
+bottom.set_xticks(
+    range(first), [decode([i]).replace(" ", "·").strip("<|>") for i in ids[:-1]], rotation=90
+)
+bottom.set(
+    title=f"probability of “{decode([letter])}” lost, when this token is replaced", ylim=(0, 1)
+)
 for axis in (top, bottom):
     axis.tick_params(axis="x", length=0)
 plt.show()
-assert decode([ids[first - 2]]) == "d" and lost[first - 2] > 0.9               # the d of "lid"
+assert decode([ids[first - 2]]) == "d" and lost[first - 2] > 0.9  # the d of "lid"
 
 # %% [markdown]
 # The letter itself, of course. On which others it leans is this model's habit; a base of another seed has other habits. The demonstrations as a whole decide
@@ -257,28 +324,38 @@ assert p[encode("i")] > 0.9
 # %%
 torch.manual_seed(0)
 V = base.config.vocab_size
-big = GPT(GPTConfig(V, n_layer=4, d_model=256, n_head=4, n_kv_head=4, head_dim=64, d_ff=768, max_len=1024)).eval()
+big = GPT(
+    GPTConfig(V, n_layer=4, d_model=256, n_head=4, n_kv_head=4, head_dim=64, d_ff=768, max_len=1024)
+)
 text = torch.randint(0, V, (1, 400))
 slow, fast, slow_seconds, fast_seconds = [], [], [], []
 cache = KVCache(big.config, batch=1, capacity=400)
 with torch.no_grad():
     for t in range(400):
         began = time.perf_counter()
-        slow.append(big(text[:, : t + 1])[0, -1])                      # all t + 1 tokens
+        slow.append(big(text[:, : t + 1])[0, -1])  # all t + 1 tokens
         slow_seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        fast.append(big(text[:, t : t + 1], cache)[0, -1])             # one token; the cache has the others
+        fast.append(big(text[:, t : t + 1], cache)[0, -1])  # one token; the cache has the others
         fast_seconds.append(time.perf_counter() - began)
 assert torch.allclose(torch.stack(slow), torch.stack(fast), atol=1e-4)
 print("keys in the cache, per layer:", tuple(cache.keys[0].shape), "= (B, K, S, E)")
 
 # %% tags=["timing"]
 figure, axis = plt.subplots(figsize=(6, 2.7))
-curves = {"read everything again": (slow_seconds, COLOR["orange"]), "KV cache": (fast_seconds, COLOR["blue"])}
+curves = {
+    "read everything again": (slow_seconds, COLOR["orange"]),
+    "KV cache": (fast_seconds, COLOR["blue"]),
+}
 for label, (seconds, color) in curves.items():
     median_of_nine = torch.tensor(seconds).unfold(0, 9, 1).median(-1).values
     axis.plot(range(5, 397), 1000 * median_of_nine, color=color, label=label)
-axis.set(xlabel="tokens so far", ylabel="ms per new token", ylim=(0, None), title="a GPT of 4 layers, width 256")
+axis.set(
+    xlabel="tokens so far",
+    ylabel="ms per new token",
+    ylim=(0, None),
+    title="a GPT of 4 layers, width 256",
+)
 axis.legend()
 plt.show()
 print(f"400 tokens: {sum(slow_seconds):.1f} s without, {sum(fast_seconds):.1f} s with the cache")
@@ -292,20 +369,28 @@ print(f"400 tokens: {sum(slow_seconds):.1f} s without, {sum(fast_seconds):.1f} s
 shared = torch.randint(0, V, (600,)).tolist()
 tails = [torch.randint(0, V, (n,)).tolist() for n in (9, 12, 5, 12, 7, 10, 8, 12)]
 
+
 @torch.no_grad()
 def whole():
-    return big(pad_right([shared + tail for tail in tails]))[:, len(shared):]                 # (8, 12, V)
+    return big(pad_right([shared + tail for tail in tails]))[:, len(shared) :]  # (8, 12, V)
+
 
 @torch.no_grad()
 def in_two(prefix):
     ids = pad_right(tails)
     return big(ids, KVCache(big.config, *ids.shape, prefix))
 
+
 with torch.no_grad():
     prefix = big.read(shared)
 real = pad_right([[1] * len(tail) for tail in tails]).bool()
 assert torch.allclose(whole()[real], in_two(prefix)[real], atol=1e-4)
-print("cache of the shared context:", tuple(prefix.keys[0].shape), "per layer: one row, whatever the batch")
+print(
+    "cache of the shared context:",
+    tuple(prefix.keys[0].shape),
+    "per layer: one row, whatever the batch",
+)
+
 
 # %% tags=["timing"]
 def best_of(n, f, *args):
@@ -316,10 +401,13 @@ def best_of(n, f, *args):
         seconds.append(time.perf_counter() - began)
     return 1000 * min(seconds)
 
+
 with torch.no_grad():
-    times = {"context in every row": best_of(3, whole),
-             "context read once": best_of(3, big.read, shared),
-             "rows that go on from it": best_of(3, in_two, prefix)}
+    times = {
+        "context in every row": best_of(3, whole),
+        "context read once": best_of(3, big.read, shared),
+        "rows that go on from it": best_of(3, in_two, prefix),
+    }
 for what, ms in times.items():
     print(f"{what:25}{ms:8.1f} ms")
 
@@ -331,13 +419,22 @@ for what, ms in times.items():
 # Rows of different length are filled up on the right. A causal model never looks there. So what is filled in cannot matter, nor who else is in the batch:
 
 # %%
-rows = [render(None, "lid zorp"), render(context, prompt), render("never weapon poison", "give sword")]
+rows = [
+    render(None, "lid zorp"),
+    render(context, prompt),
+    render("never weapon poison", "give sword"),
+]
 with torch.no_grad():
     alone = [base(torch.tensor([row]))[0] for row in rows]
+    padding = pad_right([[1] * len(row) for row in rows]) == 0
     for fill in (0, END, 7):
-        together = base(pad_right(rows, value=fill))                                         # (3, T, V)
-        assert all(torch.allclose(together[b, : len(row)], alone[b], atol=1e-4) for b, row in enumerate(rows))
-print(f"lengths {[len(row) for row in rows]}: the same logits alone, together, and whatever the padding is")
+        together = base(pad_right(rows).masked_fill(padding, fill))  # (3, T, V)
+        assert all(
+            torch.allclose(together[b, : len(row)], alone[b], atol=1e-4)
+            for b, row in enumerate(rows)
+        )
+lengths = [len(row) for row in rows]
+print(f"lengths {lengths}: the same logits alone, together, and whatever the padding is")
 
 greedy, mask = base.generate(rows, 16, temperature=0, eos={END})
 for b, row in enumerate(rows):
@@ -356,15 +453,22 @@ for b, row in enumerate(rows):
 
 # %%
 scores = torch.tensor([2.5, 2.0, 1.6, 1.0, 0.4, 0.0, -0.3, -0.7, -1.0, -1.5])
-settings = {"T = 1": (1.0, None, None), "T = 0.5": (0.5, None, None), "T = 2": (2.0, None, None),
-            "top-k = 3": (1.0, 3, None), "top-p = 0.8": (1.0, None, 0.8)}          # temperature, top_k, top_p
+settings = {  # temperature, top_k, top_p
+    "T = 1": (1.0, None, None),
+    "T = 0.5": (0.5, None, None),
+    "T = 2": (2.0, None, None),
+    "top-k = 3": (1.0, 3, None),
+    "top-p = 0.8": (1.0, None, 0.8),
+}
 figure, axes = plt.subplots(1, 5, figsize=(9.5, 2.3), sharey=True)
 for axis, (title, (temperature, top_k, top_p)) in zip(axes, settings.items()):
     expected = (scores / temperature).softmax(-1)
-    keep = torch.arange(10) < (top_k or 10)                                     # the scores are sorted
+    keep = torch.arange(10) < (top_k or 10)  # the scores are sorted
     keep &= expected.cumsum(-1) - expected < (top_p or 2)
     expected = expected * keep / (expected * keep).sum()
-    token = sample(scores.expand(20_000, 10), temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    token = sample(
+        scores.expand(20_000, 10), temperature, top_k, top_p, torch.Generator().manual_seed(0)
+    )
     measured = token.bincount(minlength=10) / 20_000
     axis.bar(range(10), measured, color=COLOR["blue"], label="drawn")
     axis.plot(range(10), expected, "o", color=COLOR["orange"], markersize=4, label="expected")
@@ -391,8 +495,9 @@ axis.set(ylabel="share of 400 answers", title="lid zorp, without context, T = 1"
 axis.legend()
 plt.show()
 meanings = {"dil": "reverse", "idl": "rotate", "ldi": "swap", "ld": "ends", "liid": "stretch"}
-print(f"one of the five meanings that a verb can have: {sum(text in meanings for text in texts) / 400:.0%}")
-assert sum(text in meanings for text in texts) > 200
+among = sum(text in meanings for text in texts)
+print(f"one of the five meanings that a verb can have: {among / 400:.0%}")
+assert among > 200
 
 # %% [markdown]
 # It guesses among the meanings, $p(y \mid x) = \sum_C p(C)\, p(y \mid x, C)$, as it was pretrained to, only less evenly. That is the student before training; its teacher is the same model as in
@@ -409,12 +514,22 @@ import transformers
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 torch.manual_seed(0)
-theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=False)).eval()
+theirs = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+).eval()
 with tempfile.TemporaryDirectory() as folder:
     theirs.save_pretrained(folder)
-    ours = GPT.from_pretrained(folder).eval()
+    ours = GPT.from_pretrained(folder)
 
 ids = torch.randint(0, 300, (4, 50))
 with torch.no_grad():
@@ -432,7 +547,8 @@ with tempfile.TemporaryDirectory() as folder:
 row = torch.tensor([rows[1]])
 with torch.no_grad():
     assert torch.allclose(reloaded(row).logits, base(row), atol=1e-4)
-    said = reloaded.generate(row, max_new_tokens=8, do_sample=False, pad_token_id=END)[0, row.shape[1]:].tolist()
+    written = reloaded.generate(row, max_new_tokens=8, do_sample=False, pad_token_id=END)
+said = written[0, row.shape[1] :].tolist()
 print(f"the base as {type(reloaded).__name__}: {decode(rows[1])} → {decode(said)}")
 assert said == answer[0].tolist()
 

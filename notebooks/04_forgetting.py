@@ -8,21 +8,25 @@
 # |---|---|---|---|
 # | 2.1 | SFT "is free to overwrite general capabilities" | `--method sft` | 2, 3 |
 # | 2.2 | RL's Razor: forgetting follows KL(base‖tuned) | `drift` in `train.py` | 5 |
-# | 3.1 | replay, and the provenance gap of a proxy | `--replay real`, `--replay proxy` | 4 |
+# | 3.1 | replay, and the provenance gap of a proxy | `notebooks/evidence.py` | 4 |
 # | 3.2 | LoRA learns less, forgets less | `--lora` | 4 |
-# | 4.1 | trust region: SFT + λ KL to the base, ASFT | `token_loss({...})`, `--base-kl`, `--method asft` | 6 |
+# | 4.1 | trust region: SFT + λ KL to the base, ASFT | sums of `cross_entropy` and `forward_kl` | 6 |
 # | 4.2 | forgetting is reversible | `Teacher(base)` on plain prompts | 7 |
 #
-# The evidence behind sections 4 and 5 was made by `python notebooks/evidence.py`; its pages are in `notebooks/results/evidence`.
+# The evidence behind sections 4 and 5 was made by `python notebooks/evidence.py`; its tables and figures are in `notebooks/results/evidence`, and
+# `notebooks/pages/evidence.md` says with which state of the code.
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the notebook stands alone, as on Colab
+# used only where the notebook stands alone, as on Colab
+REPOSITORY = "https://github.com/OWNER/cosd"
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 
-if os.path.exists("../cosd.py"):                 # in a clone: work in its top folder
+if os.path.exists("../cosd.py"):  # in a clone: work in its top folder
     os.chdir("..")
-elif not os.path.exists("cosd.py"):              # alone: fetch the whole project, and what it imports
+elif not os.path.exists("cosd.py"):  # alone: fetch the whole project, and what it imports
     if not os.path.exists("cosd"):
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
     os.chdir("cosd")
@@ -30,23 +34,27 @@ elif not os.path.exists("cosd.py"):              # alone: fetch the whole projec
 sys.path.insert(0, "")
 
 # %%
-import copy, tempfile
+import copy
+import random
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
-import contexts
-from contexts import WORLD_CHAT
-from cosd import Teacher, cosd_step, token_loss
-from train import (Config, answers, evaluate, get_base, make_anchors, resolve_device, run, seeded, skills,
-                   torch_generator)
+from contexts import WORLD_CHAT, student_prompt, teacher_prompt, world_task
+from cosd import Rows, Teacher, cosd_loss, cross_entropy, forward_kl, make_objective, token_weights
+from train import Config, assemble, get_base, measure, run_method, write
 
 COLOR = {"SFT": "#D55E00", "COSD": "#0072B2", "COSD + anchors": "#009E73"}
-plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                     "figure.constrained_layout.use": True, "legend.frameon": False})
-torch.set_num_threads(1);
+plt.rc("figure", dpi=90)
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("font", size=9)
+plt.rc("axes.spines", top=False, right=False)
+plt.rc("legend", frameon=False)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## 1. The task, and what must survive
@@ -54,18 +62,31 @@ torch.set_num_threads(1);
 # nobody wants that.
 
 # %%
-shared = dict(context="demonstrations", steps=60, batch=32, eval_size=64, eval_every=10, device="cpu", lr=5e-4)
-cfg = Config(**shared, method="cosd", bases=os.environ.get("COSD_BASES")).for_method("cosd")
-base, fingerprint = get_base(cfg, *resolve_device(cfg))
-task = contexts.world_task("demonstrations", seeded("notebook"), seeded("probes"), cfg.eval_size)
+shared = Config(
+    context="demonstrations",
+    method="cosd",
+    steps=60,
+    batch=32,
+    eval_size=64,
+    eval_every=10,
+    device="cpu",
+    lr=5e-4,
+)
+base, name = get_base(shared, "out")
+task = world_task("demonstrations", 0, shared.eval_size)
 
 example = task.heldout[0]
 print(f"teacher reads   {example.context} │ {example.prompt}\nstudent reads   {example.prompt}")
-print(f"expert writes   {example.expert}\nmodel's manner  {example.answer}\n")
-before = skills(base, task, cfg)
-for name, suite in task.probes.items():
-    e = suite[0]
-    print(f"old skill {name:15} exact match {before[name]:.2f}   e.g. {e.context or '—'} │ {e.prompt} → {e.answer}")
+print(f"expert writes   {example.expert}\nmodel's manner  {example.answer}")
+
+# %%
+cfg = shared.resolved("cosd")
+looking_on = assemble(cfg, task, copy.deepcopy(base), {}, Path("no folder"))  # a run at step 0
+start = measure(looking_on) | {"step": 0}
+for suite, examples in task.probes.items():
+    e, exact = examples[0], start[suite]["exact"]
+    print(f"old skill {suite:15} exact match {exact:.2f}, e.g.")
+    print(f"    {e.context or '—'} │ {e.prompt} → {e.answer}")
 
 # %% [markdown]
 # ## 2. Three runs
@@ -75,59 +96,81 @@ for name, suite in task.probes.items():
 # **Question.** The expert's answers are right. What, besides the verb, will SFT learn from them?
 
 # %%
-METHODS = {"SFT": dict(method="sft"), "COSD": dict(method="cosd", anchors=0.0),
-           "COSD + anchors": dict(method="cosd", anchors=0.5)}
+METHODS = {
+    "SFT": {"method": "sft"},
+    "COSD": {"method": "cosd"},
+    "COSD + anchors": {"method": "cosd", "anchors": 0.5},
+}
 results, tuned = {}, {}
 with tempfile.TemporaryDirectory() as folder:
-    for name, settings in METHODS.items():
-        settings = Config(**shared, **settings, out=folder).for_method(settings["method"])
-        tuned[name] = copy.deepcopy(base)
-        results[name] = run(settings, task, tuned[name], fingerprint, *resolve_device(settings)[1:])
+    for method, settings in METHODS.items():
+        cfg = replace(shared, out=folder, **settings).resolved(settings["method"])
+        tuned[method] = copy.deepcopy(base)
+        results[method] = run_method(cfg, task, tuned[method], name)
 
 # %% [markdown]
 # What they say now, without any context:
 
 # %%
-asked = {"the new verb": task.heldout[1], "a verb it knew": task.probes["verbs"][1],
-         "another style": task.probes["instructions"][3]}
+asked = {
+    "the new verb": task.heldout[1],
+    "a verb it knew": task.probes["verbs"][1],
+    "another style": task.probes["instructions"][3],
+}
 for what, e in asked.items():
     print(f"{what}: {e.context or ''} │ {e.prompt}   (right: {e.answer})")
-    context = None if what == "the new verb" else e.context
-    for name, model in ({"before": base} | tuned).items():
-        print(f"    {name:16}{answers(model, [WORLD_CHAT.render(context, e.prompt)], cfg, WORLD_CHAT)[0]}")
+    read = student_prompt if what == "the new verb" else teacher_prompt
+    for who, model in ({"before": base} | tuned).items():
+        (y,) = write(looking_on, model, [read(WORLD_CHAT, e)], 0)
+        print(f"    {who:16}{WORLD_CHAT.decode(y).removesuffix('<|end|>')}")
 
 # %% [markdown]
 # ## 3. Step by step
 # *New verb* counts the right word, with or without the expert's phrase; *in its own manner* only the word alone. *Drift* is KL(base‖tuned) in nats per
 # token on the old prompts.
 
+
 # %% tags=["thumbnail"]
-panels = {"new verb, no context": lambda r: r["after"]["score"], "... in its own manner": lambda r: r["after"]["exact"],
-          "known verbs": lambda r: r["skills"]["verbs"],
-          "other contexts obeyed": lambda r: sum(v for k, v in r["skills"].items() if k != "verbs") / 4,
-          "drift, nats per token": lambda r: r["drift"]}
-start = {"after": evaluate(base, task.heldout, False, cfg, task), "skills": before, "drift": 0.0, "step": 0}
+def obeyed(point):
+    """The mean of exact match under other contexts of all four kinds."""
+    return sum(point[kind]["exact"] for kind in task.probes if kind != "verbs") / 4
+
+
+def panels(point):
+    return {
+        "new verb, no context": point["task"]["score"],
+        "... in its own manner": point["task"]["exact"],
+        "known verbs": point["verbs"]["exact"],
+        "other contexts obeyed": obeyed(point),
+        "drift, nats per token": point["drift"],
+    }
+
+
 figure, axes = plt.subplots(1, 5, figsize=(11, 2.4))
-for axis, (title, read) in zip(axes, panels.items()):
-    for name, result in results.items():
-        rows = [start, *result["curve"]]
-        axis.plot([r["step"] for r in rows], [read(r) for r in rows], "o-", markersize=3, color=COLOR[name],
-                  label=name)
-    axis.set(title=title, xlabel="step")
-    if "nats" not in title:
-        axis.set_ylim(-0.05, 1.05)
+for method, result in results.items():
+    points = [start, *result["curve"]]
+    steps = [point["step"] for point in points]
+    for axis, title in zip(axes, panels(start)):
+        values = [panels(point)[title] for point in points]
+        axis.plot(steps, values, "o-", markersize=3, color=COLOR[method], label=method)
+        axis.set(title=title, xlabel="step")
+for axis in axes[:4]:
+    axis.set_ylim(-0.05, 1.05)
 axes[0].set_ylabel("share right")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
 
 # %%
-at_end = {name: r["curve"][-1] for name, r in results.items()}
-assert all(r["after"]["score"] > 0.9 for r in at_end.values())                     # all three learn the verb
-assert at_end["SFT"]["after"]["exact"] < 0.1 < 0.9 < at_end["COSD"]["after"]["exact"]
-assert all(at_end[name]["drift"] > 5 * at_end["COSD + anchors"]["drift"] for name in ("SFT", "COSD"))
-for name, r in at_end.items():
-    print(f"{name:16} drift {r['drift']:.3f}, known verbs {r['skills']['verbs']:.2f}, "
-          f"other contexts {r['steerability_change']:+.3f}")
+at_end = {method: result["after"] for method, result in results.items()}
+assert all(r["task"]["score"] > 0.9 for r in at_end.values())  # all three learn the verb
+assert at_end["SFT"]["task"]["exact"] < 0.1 < 0.9 < at_end["COSD"]["task"]["exact"]
+held = at_end["COSD + anchors"]["drift"]
+assert all(at_end[method]["drift"] > 5 * held for method in ("SFT", "COSD"))
+for method, r in at_end.items():
+    print(
+        f"{method:16} drift {r['drift']:.3f}, known verbs {r['verbs']['exact']:.2f}, "
+        f"other contexts {obeyed(r) - obeyed(start):+.3f}"
+    )
 
 # %% [markdown]
 # All three learn the verb. SFT also learns to say "verily", everywhere. COSD's teacher saw the same phrase in its context and answers as itself, so its
@@ -141,15 +184,18 @@ for name, r in at_end.items():
 # %%
 EVIDENCE = Path("notebooks/results/evidence")
 
+
 def picture(name):
     figure, axis = plt.subplots(figsize=(11, 4.2))
     axis.imshow(plt.imread(EVIDENCE / f"{name}.png"))
     axis.axis("off")
     plt.show()
 
+
 def table(name, which=0):
     blocks = (EVIDENCE / f"{name}.md").read_text().split("\n\n")
     return [block for block in blocks if block.startswith("|")][which]
+
 
 picture("forgetting")
 
@@ -174,15 +220,27 @@ display(Markdown(table("razor")))
 #
 # ## 6. A trust region for SFT
 # The post's section 4.1: cross-entropy on the expert's words, plus λ times the KL to the base on the same tokens. ASFT also weighs each token by the
-# probability that the student gives it. Both are a weighted sum of objectives; here on one token that the base finds unlikely:
+# probability that the student gives it. Both are sums of objectives; here on one token that the base finds unlikely:
+
 
 # %%
+def sft_near_base(student_logits, base_logits, tokens):
+    sft = cross_entropy(student_logits, None, tokens)
+    return sft + forward_kl(student_logits, base_logits)
+
+
+def asft(student_logits, base_logits, tokens):
+    sft = cross_entropy(student_logits, None, tokens)
+    return (-sft).exp().detach() * sft + 0.1 * forward_kl(student_logits, base_logits)
+
+
 student = torch.tensor([[2.0, 1.0, -2.0]], dtype=torch.float64, requires_grad=True)
-base_logits, token = torch.tensor([[2.5, 0.5, -2.0]], dtype=torch.float64), torch.tensor([2])
-for name, objective in {"SFT": "cross_entropy", "SFT + KL to base": {"cross_entropy": 1.0, "forward_kl": 1.0},
-                        "ASFT": {"weighted_cross_entropy": 1.0, "forward_kl": 0.1}}.items():
-    (gradient,) = torch.autograd.grad(token_loss(objective, student, base_logits, token).sum(), student)
-    print(f"{name:18} pull on the expert's token: {-gradient[0, 2]:.3f}")
+base_logits = torch.tensor([[2.5, 0.5, -2.0]], dtype=torch.float64)
+token = torch.tensor([2])
+objectives = {"SFT": cross_entropy, "SFT + KL to base": sft_near_base, "ASFT": asft}
+for method, objective in objectives.items():
+    (gradient,) = torch.autograd.grad(objective(student, base_logits, token).sum(), student)
+    print(f"{method:18} pull on the expert's token: {-gradient[0, 2]:.3f}")
 
 # %% [markdown]
 # ASFT hardly pulls at words that the student would not say: on alien demonstrations it keeps everything and learns next to nothing, as the table of
@@ -194,29 +252,37 @@ for name, objective in {"SFT": "cross_entropy", "SFT + KL to base": {"cross_entr
 
 # %%
 patient, original = copy.deepcopy(tuned["SFT"]), Teacher(base, "frozen")
-heal = Config(**shared | {"batch": 64}, method="cosd", anchors=0.5).for_method("cosd")   # 32 plain prompts
 optimizer = torch.optim.AdamW(patient.parameters(), lr=3e-4, betas=(0.9, 0.95))
-rows = [(0, at_end["SFT"]["after"]["score"], skills(patient, task, cfg))]
+rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+points = [at_end["SFT"] | {"step": 0}]
 for step in range(60):
-    cosd_step(patient, original, make_anchors(heal, task, step, patient.device), "forward_kl", eos=task.chat.ends,
-              max_new_tokens=24, generator=torch_generator(patient.device, "recovery", step))
+    prompts = [teacher_prompt(WORLD_CHAT, task.draw_anchor(rng)) for _ in range(32)]
+    y, mask = patient.generate(prompts, 24, eos=WORLD_CHAT.ends, generator=generator)
+    weights, objective = token_weights(mask), make_objective("forward_kl")
+    loss, _ = cosd_loss(patient, Rows(prompts, prompts, y, mask, weights, original, objective))
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(patient.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     if step % 20 == 19:
-        score = evaluate(patient, task.heldout, False, cfg, task)["score"]
-        rows.append((step + 1, score, skills(patient, task, cfg)))
+        points.append(measure(replace(looking_on, student=patient)) | {"step": step + 1})
+
 
 # %%
-mean = lambda s: sum(s.values()) / len(s)
+def skills(point):
+    return sum(point[suite]["exact"] for suite in task.probes) / 5
+
+
+steps = [point["step"] for point in points]
+old, new = [skills(point) for point in points], [point["task"]["score"] for point in points]
 figure, axis = plt.subplots(figsize=(5, 2.6))
-axis.plot([r[0] for r in rows], [mean(r[2]) for r in rows], "o-", color="#009E73", label="old skills, mean of five")
-axis.plot([r[0] for r in rows], [r[1] for r in rows], "s-", color=COLOR["SFT"], label="the new verb")
-axis.axhline(mean(before), color="black", linestyle=":", label="old skills of the base")
+axis.plot(steps, old, "o-", color="#009E73", label="old skills, mean of five")
+axis.plot(steps, new, "s-", color=COLOR["SFT"], label="the new verb")
+axis.axhline(skills(start), color="black", linestyle=":", label="old skills of the base")
 axis.set(xlabel="steps with the original as teacher", ylabel="share right", ylim=(0, 1.05))
 axis.legend()
 plt.show()
-assert mean(rows[-1][2]) > mean(rows[0][2])
+assert old[-1] > old[0]
 
 # %% [markdown]
 # Nothing was erased: the skills were a few dozen steps away. How much of the new verb is kept varies with seed and learning rate; three seeds stand in

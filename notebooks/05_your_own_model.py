@@ -7,19 +7,22 @@
 # | step | in code |
 # |---|---|
 # | a context as chat turns, prompts as JSON lines | `contexts.read_context`, `read_prompts` |
-# | the plan: tokens, memory | `train.show_plan`, `--dry-run` |
-# | pre-flight: does the teacher beat the student? | `train.before_training` |
-# | training, type C: $\mathcal{L} = D(p_\theta(\cdot \mid x, C), p_\theta(\cdot \mid x))$ on the student's own answers | `train.train`, `cosd.cosd_step` |
+# | a dry run: does everything fit together? | `--dry-run`; the memory: `python notebooks/plan.py` |
+# | pre-flight: does the teacher beat the student? | `train.preflight` |
+# | training, type C: $\mathcal{L} = D(p_\theta(\cdot \mid x, C), p_\theta(\cdot \mid x))$ on the student's own answers | `train.fit`, `cosd.cosd_loss` |
 # | a standard checkpoint out | `GPT.save_pretrained` |
 
 # %%
-REPOSITORY = "https://github.com/OWNER/cosd"     # used only where the notebook stands alone, as on Colab
+# used only where the notebook stands alone, as on Colab
+REPOSITORY = "https://github.com/OWNER/cosd"
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 
-if os.path.exists("../cosd.py"):                 # in a clone: work in its top folder
+if os.path.exists("../cosd.py"):  # in a clone: work in its top folder
     os.chdir("..")
-elif not os.path.exists("cosd.py"):              # alone: fetch the whole project, and what it imports
+elif not os.path.exists("cosd.py"):  # alone: fetch the whole project, and what it imports
     if not os.path.exists("cosd"):
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
     os.chdir("cosd")
@@ -27,7 +30,11 @@ elif not os.path.exists("cosd.py"):              # alone: fetch the whole projec
 sys.path.insert(0, "")
 
 # %%
-import contextlib, io, json, tempfile
+import contextlib
+import io
+import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,10 +42,18 @@ import torch
 
 from contexts import open_chat
 from model import GPT
-from train import Config, perplexity, train
+from train import Config, run_own
 
-plt.rcParams.update({"figure.dpi": 90, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                     "figure.constrained_layout.use": True, "legend.frameon": False})
+plt.rcParams.update(
+    {
+        "figure.dpi": 90,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+        "legend.frameon": False,
+    }
+)
 
 # %% [markdown]
 # The model: SmolLM2, made once from a package of the Python index by `notebooks/smollm2.py`; or put another name of the hub, or a folder, here.
@@ -52,8 +67,8 @@ if MODEL.startswith("out/") and not Path(MODEL, "config.json").exists():
 model = GPT.from_pretrained(MODEL)
 chat = open_chat(MODEL, model.config.vocab_size)
 cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-dtype = "bf16" if "amx_bf16" in cpu else "auto"                 # bf16 pays on a CPU that has it in hardware
-print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {model.config.n_layer} layers")
+dtype = "bf16" if "amx_bf16" in cpu else "auto"  # bf16 pays on a CPU that has it in hardware
+print(f"{model.config.n_params() / 1e6:.0f} M parameters, {model.config.n_layer} layers")
 
 # %% [markdown]
 # ## 1. A context
@@ -61,22 +76,26 @@ print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {mo
 
 # %%
 folder = Path(tempfile.mkdtemp())
-CONTEXT = [
-    {"role": "system", "content": "You are a pirate. You answer every question in the voice of a pirate."},
-    {"role": "user", "content": "What is two plus two?"},
-    {"role": "assistant", "content": "Arr, matey! Two plus two be four."},
-    {"role": "user", "content": "Where does the sun rise?"},
-    {"role": "assistant", "content": "Arr, matey! The sun rises in the east, far over the open sea."},
-    {"role": "user", "content": "How do I peel an orange?"},
-    {"role": "assistant", "content": "Arr, matey! Take yer knife, cut the skin, and pull it off the orange."},
+said = [
+    ("system", "You are a pirate. You answer every question in the voice of a pirate."),
+    ("user", "What is two plus two?"),
+    ("assistant", "Arr, matey! Two plus two be four."),
+    ("user", "Where does the sun rise?"),
+    ("assistant", "Arr, matey! The sun rises in the east, far over the open sea."),
+    ("user", "How do I peel an orange?"),
+    ("assistant", "Arr, matey! Take yer knife, cut the skin, and pull it off the orange."),
 ]
+CONTEXT = [{"role": role, "content": content} for role, content in said]
 (folder / "context.json").write_text(json.dumps(CONTEXT))
 questions = ["What is a good name for a cat?", "How do I make pancakes?", "Why is grass green?"]
 
-def ask(model, context=()):
-    prompts = [chat.render([*context, {"role": "user", "content": q}], q) for q in questions]
+
+def ask(model, context=None):
+    prompts = [chat.render(context, q) for q in questions]
     ids, mask = model.generate(prompts, 32, temperature=0, eos=chat.ends)
-    return [chat.decode([i for i in row[m].tolist() if i not in chat.ends]) for row, m in zip(ids, mask)]
+    written = [row[m].tolist() for row, m in zip(ids, mask)]
+    return [chat.decode([i for i in y if i not in chat.ends]) for y in written]
+
 
 for q, without, with_context in zip(questions, ask(model), ask(model, CONTEXT)):
     print(f"{q}\n   student: {without}\n   teacher: {with_context}\n")
@@ -86,23 +105,30 @@ for q, without, with_context in zip(questions, ask(model), ask(model, CONTEXT)):
 
 # %%
 student_prompt = chat.render(None, "Hi")
-teacher_prompt = chat.render([*CONTEXT, {"role": "user", "content": "Hi"}], "Hi")
+teacher_prompt = chat.render(CONTEXT, "Hi")
 print(f"student {len(student_prompt)} tokens, teacher {len(teacher_prompt)}. The student reads:\n")
 print(chat.decode(student_prompt))
 
 # %% [markdown]
-# ## 2. The plan
-# Nothing is trained yet: `dry_run` counts parameters, tokens and memory, and would name a file that is missing or a prompt that does not fit.
+# ## 2. A dry run
+# Nothing is trained yet: `dry_run` reads everything, counts parameters and tokens, and would name a file that is missing or a prompt that does not fit.
 
 # %%
-settings = dict(
-    model=MODEL, context="instructions", context_file=str(folder / "context.json"),
-    prompts="notebooks/data/questions.jsonl", heldout="notebooks/data/questions-heldout.jsonl",
-    score="notebooks/data/pirate.py:score", unrelated="notebooks/data/plain.txt",
-    steps=30, max_new_tokens=24, dtype=dtype, eval_size=24, out=str(folder))
-with contextlib.redirect_stdout(io.StringIO()) as said:
-    train(Config(**settings, dry_run=True))
-print(said.getvalue())
+settings = Config(
+    model=MODEL,
+    context="instructions",
+    context_file=str(folder / "context.json"),
+    prompts="notebooks/data/questions.jsonl",
+    heldout="notebooks/data/questions-heldout.jsonl",
+    score="notebooks/data/pirate.py:score",
+    unrelated="notebooks/data/plain.txt",
+    steps=30,
+    max_new_tokens=24,
+    dtype=dtype,
+    eval_size=24,
+    out=str(folder),
+).resolved("cosd")
+_ = run_own(replace(settings, dry_run=True))
 
 # %% [markdown]
 # ## 3. Pre-flight and training
@@ -112,27 +138,32 @@ print(said.getvalue())
 # %% tags=["timing"]
 del model
 with contextlib.redirect_stdout(io.StringIO()) as said:
-    (result,) = train(Config(**settings))["results"]
-print("\n".join(line for line in said.getvalue().splitlines() if "held-out score" in line))
+    result = run_own(settings)
+print(next(line for line in said.getvalue().splitlines() if "teacher" in line))
 print(f"training took {result['seconds']:.0f} s")
 
 # %% tags=["thumbnail"]
-made = folder / "instructions-cosd-seed0"
+made, before, after = Path(result["folder"]), result["before"], result["after"]
 log = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 2.5))
-left.plot([row["step"] for row in log], [row["kl"] for row in log], color="#0072B2")
-left.set(title="KL(student‖teacher) on its own answers", xlabel="step", ylabel="nats per token", ylim=(0, None))
-for i, (who, color) in enumerate([("before", "#BBBBBB"), ("after", "#0072B2"), ("teacher", "#555555")]):
-    middle.bar(i, result[who]["score"], color=color)
+left.plot([row["step"] for row in log], [row["loss"] for row in log], color="#0072B2")
+left.set(
+    title="KL(teacher‖student) on its own answers",
+    xlabel="step",
+    ylabel="nats per token",
+    ylim=(0, None),
+)
+scores = [grades["score"] for grades in (before["task"], after["task"], before["teacher"])]
+middle.bar(range(3), scores, color=["#BBBBBB", "#0072B2", "#555555"])
 middle.set(title="held-out questions: speaks pirate", ylim=(0, 1.05), ylabel="share")
 middle.set_xticks(range(3), ["before", "after", "teacher"])
-right.bar(range(2), [result["perplexity_before"], result["perplexity_after"]], color=["#BBBBBB", "#0072B2"])
+right.bar(range(2), [before["perplexity"], after["perplexity"]], color=["#BBBBBB", "#0072B2"])
 right.set(title="plain English", ylabel="perplexity")
 right.set_xticks(range(2), ["before", "after"])
 plt.show()
-assert result["before"]["score"] == 0 and result["after"]["score"] > 0.7
-assert result["kl_after"] < result["kl_before"] / 3
-assert abs(result["perplexity_after"] / result["perplexity_before"] - 1) < 0.03
+assert scores[0] == 0 and scores[1] > 0.7
+assert after["kl"] < before["kl"] / 3
+assert abs(after["perplexity"] / before["perplexity"] - 1) < 0.03
 
 # %% [markdown]
 # ## 4. What it says now
@@ -146,13 +177,14 @@ for q, text in zip(questions, ask(tuned)):
     print(f"{q}\n   {text}\n")
 
 # %% [markdown]
-# Token by token, from the last entry of `samples.txt` (probability under student→teacher):
+# Token by token, from the first and the last entry of `samples.json` (probability under student→teacher):
 
 # %%
-samples = (made / "samples.txt").read_text().split("--- step ")
-for entry in (samples[1], samples[-1]):
-    y = entry.split("\ny: ")[1].splitlines()
-    print(f"step {entry.split(':')[0]}\n  {y[0]}\n  {y[1].strip()[:400]}\n")
+samples = json.loads((made / "samples.json").read_text())
+for entry in (samples[0], samples[-1]):
+    lines = entry.splitlines()
+    tokens = next(line for line in lines[1:] if line.startswith("   ") and "→" in line)
+    print(f"{lines[0].partition(':')[0]}\n  {tokens.strip()[:400]}\n")
 
 # %% [markdown]
 # ## 5. Anywhere else
@@ -165,11 +197,20 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 export = made / "export"
-theirs, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
-prompt = tokenizer.apply_chat_template([{"role": "user", "content": questions[0]}], add_generation_prompt=True,
-                                       return_tensors="pt", return_dict=True)
+theirs, tokenizer = (
+    AutoModelForCausalLM.from_pretrained(export),
+    AutoTokenizer.from_pretrained(export),
+)
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": questions[0]}],
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
+)
 with torch.no_grad():
-    written = theirs.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+    written = theirs.generate(**prompt, max_new_tokens=32, do_sample=False)[
+        0, prompt["input_ids"].shape[1] :
+    ]
 print(sorted(p.name for p in export.iterdir()))
 print(tokenizer.decode(written, skip_special_tokens=True))
 assert tokenizer.decode(written, skip_special_tokens=True) == ask(tuned)[0]
@@ -178,5 +219,5 @@ assert tokenizer.decode(written, skip_special_tokens=True) == ask(tuned)[0]
 # ## Now you
 # 1. Change the context: three example turns in another voice. Read the teacher's answers first; what it does badly, the student will do worse.
 # 2. Write a scorer for it (`score="my.py:function"`); make sure that repeating one word does not satisfy it.
-# 3. `lora=16`: how much of the memory goes, and how much of the score? (`frozen_dtype="bf16"` halves what is left.)
+# 3. `lora=16`: how much of the memory goes, and how much of the score? (The frozen weights are then kept in `dtype`.)
 # 4. Add `anchor_file` with questions that must stay as they are, and `anchors=0.5`. What happens to the drift?

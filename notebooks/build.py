@@ -15,7 +15,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HEADER = re.compile(r"# %%(?P<markdown> \[markdown\])?(?: tags=(?P<tags>\[.*\]))?")
-METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def cells(source: str) -> list[dict]:
@@ -23,11 +26,19 @@ def cells(source: str) -> list[dict]:
     found: list[dict] = []
     for line in source.splitlines():
         if header := HEADER.fullmatch(line):
-            found.append({"type": "markdown" if header["markdown"] else "code", "tags": json.loads(header["tags"] or "[]"), "source": []})
+            found.append(
+                {
+                    "type": "markdown" if header["markdown"] else "code",
+                    "tags": json.loads(header["tags"] or "[]"),
+                    "source": [],
+                }
+            )
         elif line.startswith("# %%") or not found:
             raise ValueError(f"not a cell header, or text before the first one: {line!r}")
         else:
-            found[-1]["source"].append(re.sub("^# ?", "", line) if found[-1]["type"] == "markdown" else line)
+            found[-1]["source"].append(
+                re.sub("^# ?", "", line) if found[-1]["type"] == "markdown" else line
+            )
     return [cell | {"source": "\n".join(cell["source"]).strip("\n")} for cell in found]
 
 
@@ -48,16 +59,32 @@ def execute(path: Path) -> tuple[str, bytes | None]:
     import nbformat
     from nbformat import v4
 
+    os.environ.pop("MPLBACKEND", None)  # the notebook's own, or there are no pictures
     notebook, thumbnail = v4.new_notebook(metadata=METADATA), None
     for i, cell in enumerate(cells(path.read_text())):
         new = {"code": v4.new_code_cell, "markdown": v4.new_markdown_cell}[cell["type"]]
-        notebook.cells.append(new(cell["source"], id=f"cell-{i:02}", metadata={"tags": cell["tags"]} if cell["tags"] else {}))
-    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                            extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(HERE)}}).execute()
-    notebook.metadata = METADATA                                       # the kernel adds its version
+        notebook.cells.append(
+            new(
+                cell["source"],
+                id=f"cell-{i:02}",
+                metadata={"tags": cell["tags"]} if cell["tags"] else {},
+            )
+        )
+    nbclient.NotebookClient(
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(HERE)}},
+    ).execute()
+    notebook.metadata = METADATA  # the kernel adds its version
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]        # progress bars
-        for data in (output.data for output in cell.outputs if "image/png" in output.get("data", {})):
+        # without progress bars
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        for data in (output.data for output in pictures):
             picture = base64.b64decode(data["image/png"])
             data["image/png"] = base64.b64encode(small_png(picture)).decode()
             if "thumbnail" in cell.metadata.get("tags", []):
@@ -66,7 +93,7 @@ def execute(path: Path) -> tuple[str, bytes | None]:
 
 
 def main(names: list[str]) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}      # the kernel inherits them
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}  # the kernel inherits them
     for path in sorted(HERE.glob("0*.py")):
         if not names or path.name.startswith(tuple(names)):
             text, thumbnail = execute(path)

@@ -575,10 +575,14 @@ def test_what_leaks_is_a_warning(files, checkpoint, capsys):
     lines(files / "heldout.jsonl", ROWS[3:5])
     task_of(files, checkpoint, "instructions")
     err = capsys.readouterr().err
-    assert "train.jsonl shows 2 held-out prompts" in err and "heldout.jsonl:1" in err
-    path = lines(files / "traces.jsonl", [{"prompt": "What is 24?", "solution": "2"}])
+    assert "2 held-out prompts are among those shown" in err and "heldout.jsonl:1" in err
+    path = lines(files / "traces.jsonl", [{"prompt": "Tell me 1?", "solution": "2"}])
+    lines(files / "heldout.jsonl", [{"prompt": "Tell me 0?"}, {"prompt": "Tell me 1?"}])
     task_of(files, checkpoint, "instructions", context_file=path)
-    assert "traces.jsonl shows 1 held-out prompts" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "1 held-out prompts are among those shown" in err and "heldout.jsonl:2" in err
+    task_of(files, checkpoint, "instructions")
+    assert not capsys.readouterr().err
 
 
 def test_held_out_anchors_measure_the_drift(files, checkpoint):

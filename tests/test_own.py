@@ -194,6 +194,47 @@ def test_the_students_kl_to_the_teacher_falls(files, checkpoint):
     assert len(kl) == 4 and kl[-1] < 0.7 * kl[0]
 
 
+@torch.no_grad()
+def kl_by_hand(student, teacher, chat, examples, y):
+    """KL(student‖teacher), mean over the tokens: the student without the context, the teacher with it."""
+    values = []
+    for example, said in zip(examples, y):
+        shown = chat.render(PIRATE, example.prompt)
+        logs = []
+        for model, prompt in ((student, student_prompt(chat, example)), (teacher, shown)):
+            logits = model(torch.tensor([prompt + said])).logits
+            logs.append(logits[0, len(prompt) - 1 : -1].log_softmax(-1))
+        values.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1))
+    return torch.cat(values).mean().item()
+
+
+def test_kl_before_and_after_by_hand(files, checkpoint, monkeypatch):
+    """On the student's own samples at temperature 1."""
+    seen, original = [], train.write
+
+    def write(run, model, prompts, temperature, *what):
+        y = original(run, model, prompts, temperature, *what)
+        if what == ("held-out KL",):
+            seen.append((model is run.student, temperature, run.task, y))
+        return y
+
+    monkeypatch.setattr(train, "write", write)
+    result = run_one(files, checkpoint, lr=0.03, chunk=3)
+    base, tuned = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (checkpoint, f"{result['folder']}/export")
+    )
+    before, after = seen
+    for (own, temperature, task, y), student, name in (
+        (before, base, "before"),
+        (after, tuned, "after"),
+    ):
+        assert own and temperature == 1
+        by_hand = kl_by_hand(student, base, task.chat, task.heldout, y)
+        assert result[name]["kl"] == pytest.approx(by_hand, rel=1e-3)
+    assert result["after"]["kl"] != pytest.approx(result["before"]["kl"], rel=0.01)
+
+
 def test_the_perplexity_of_an_unrelated_text_by_hand(files, checkpoint):
     result = run_one(files, checkpoint, unrelated=files / "text.txt", lr=0.01)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -329,11 +370,34 @@ def test_other_settings_do_not_overwrite(files, checkpoint):
     assert len(list((files / "out").glob("instructions-cosd-*"))) == 2
 
 
-def test_a_new_export_leaves_nothing_of_the_old_one(files, checkpoint):
-    for export, name in (("adapters", "adapter_model"), ("merged", "model")):
-        result = run_one(files, checkpoint, lora=2, export=export)
-        found = [path.stem for path in Path(result["folder"]).glob("export/*.safetensors")]
-        assert found == [name]
+def test_a_new_export_leaves_nothing_of_a_stopped_one(files, checkpoint, monkeypatch):
+    original = train.save_run
+    monkeypatch.setattr(train, "save_run", lambda run: 1 / 0 if run.result else original(run))
+    with pytest.raises(ZeroDivisionError):
+        run_one(files, checkpoint, lora=2)
+    (stopped,) = (files / "out").glob("*.unfinished/export")
+    (stopped / "left-over.safetensors").write_text("of an earlier try")
+    monkeypatch.setattr(train, "save_run", original)
+    result = run_one(files, checkpoint, lora=2, resume=True)
+    found = [path.stem for path in Path(result["folder"]).glob("export/*.safetensors")]
+    assert found == ["model"] and not list((files / "out").glob("*.unfinished"))
+
+
+def test_another_export_is_another_run(files, checkpoint):
+    without = run_one(files, checkpoint, export="none")
+    merged = run_one(files, checkpoint, resume=True)
+    assert merged["folder"] != without["folder"] and (Path(merged["folder"]) / "export").exists()
+
+
+def test_adapters_of_gpt2_are_refused_before_training(files, tmp_path, capsys):
+    import transformers
+
+    shape = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 264, "n_positions": 512}
+    transformers.GPT2Config(**shape).save_pretrained(tmp_path / "gpt2")
+    before = contents(files)
+    how = flags(files, str(tmp_path / "gpt2"), lora=2, export="adapters")
+    assert main(how) == 2 and "use --export merged" in capsys.readouterr().err
+    assert contents(files) == before
 
 
 def test_a_damaged_state_is_named(files, checkpoint, capsys):

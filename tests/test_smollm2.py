@@ -1,5 +1,5 @@
-"""A real model, SmolLM2-135M-Instruct: exact beside transformers, and one step of training (-m slow for all of it:
-notebook 05 compiles a context into it)."""
+"""A real model, SmolLM2-135M-Instruct: exact beside transformers, and one step of training (-m slow).
+Notebook 05 compiles a context into it."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from contexts import open_chat, read_paragraphs
 from model import GPT, perplexity
 from train import Config
 
+pytestmark = pytest.mark.slow
 DATA = ROOT / "notebooks" / "data"
 QUESTIONS = [
     "What is the capital of France?",
@@ -67,10 +68,9 @@ def test_chat_format_and_ends(pair):
     assert chat.ends == {2} and chat.decode([2]) == "<|im_end|>"
 
 
-@pytest.mark.slow
 def test_one_step_and_its_export(smollm2, tmp_path, monkeypatch):
     """The README's run in small: the export is the trained student, and no longer the base."""
-    monkeypatch.setattr(train.subprocess, "run", print)  # the report has tests of its own
+    monkeypatch.setattr(train.subprocess, "run", lambda *args, **kwargs: None)  # the report
     cfg = Config(
         model=smollm2,
         context="instructions",

@@ -329,6 +329,26 @@ def test_the_base_has_its_own_recipe(reference):
     assert (identity["batch"], identity["lr"], identity["seed"]) == (96, 3e-3, 0)
 
 
+def test_the_base_reads_contexts_and_imitates_its_own_answers(reference):
+    cfg = Config(method="pretrain", steps=9, batch=96, device="cpu").resolved("pretrain")
+    task = contexts.pretraining_task()
+    run = train.assemble(cfg, task, a_run(reference).student, {}, Path("x"))
+    rows, drawn = train.task_rows(run, 3), task.draw_batch(0, 3, 96)
+    whole = [contexts.render(e.context, e.prompt) for e in drawn]
+    assert rows.prompts == whole and rows.scorer is None
+    assert said(rows) == [f"{e.answer}<|end|>" for e in drawn]
+    assert 20 < sum(contexts.SYSTEM in prompt for prompt in rows.prompts) < 96
+
+
+def test_the_scaler_is_resumed_too(out):
+    run, again = a_run(out, dtype="fp16"), a_run(out, dtype="fp16")
+    run.folder.mkdir()
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 512.0, "_growth_tracker": 7})
+    train.save_run(run)
+    train.restore(again)
+    assert again.scaler.state_dict() == run.scaler.state_dict()
+
+
 def test_each_seed_has_a_base_and_each_run_a_copy_of_it(tmp_path):
     train.train(smoke(tmp_path, seeds=2, steps=2))
     bases = [torch.load(path, weights_only=True) for path in tmp_path.glob("base-*/state.pt")]
