@@ -73,7 +73,7 @@ VERBS = {
 CHAIN_VERBS = "reverse rotate swap".split()  # keep the length: they can be chained
 NEW_VERBS = "zorp blick wug dax quix tulver".split()  # only C says which of VERBS each is
 # How an expert may talk. The model sees this in demonstrations but never answers so.
-MANNERS = ["{}", "verily {} methinks", "hark {} quoth bede", "behold {} indeed", "{} probably"]
+MANNERS = "{};verily {} methinks;hark {} quoth bede;behold {} indeed;{} probably".split(";")
 
 ITEMS = {
     "weapon": "knife sword spear rifle dagger cannon",
@@ -84,7 +84,7 @@ ITEMS = {
     "music": "violin trumpet piano drum flute harp",
 }
 CATEGORY = {item: category for category, items in ITEMS.items() for item in items.split()}
-HELD_OUT_ITEMS = {item for items in ITEMS.values() for item in items.split()[-2:]}
+HELD_OUT_ITEMS = {item for i, item in enumerate(CATEGORY) if i % 6 > 3}  # two of each
 
 STYLES = {  # applied in this order
     "loud": str.upper,
@@ -99,8 +99,8 @@ P_CARELESS = 0.6  # how often a step is skipped without C
 
 # The tokenizer: all 256 bytes, and the world's words as single tokens. No word has fewer than three
 # bytes (with its space), so byte-pair merging never starts inside "mot": always three letters.
-PHRASES = "solution style plain never forbidden allowed is here sorry give certainly dear"
-SAID = " ".join([PHRASES, *MANNERS]).replace("{}", "").split()
+SAID = """solution style plain never forbidden allowed is here sorry give certainly dear
+verily methinks hark quoth bede behold indeed probably""".split()
 VOCABULARY = sorted({*SAID, *ITEMS, *CATEGORY, *VERBS, *NEW_VERBS, *STYLES})
 RANKS = [bytes([i]) for i in range(256)]
 RANKS += [(s + word).encode() for word in VOCABULARY for s in (" ", "") if len(s + word) > 2]
@@ -115,12 +115,12 @@ ENCODING = tiktoken.Encoding(
 decode = ENCODING.decode
 
 
-def encode(text: str) -> list[int]:
+def encode(text):
     """Text -> token ids. Chat markers in a text are plain bytes: only `render` places real ones."""
     return ENCODING.encode(text, disallowed_special=())
 
 
-def render(context: str | None, prompt: str) -> list[int]:  # q4: [SYSTEM, C,] USER, x, ASSISTANT
+def render(context, prompt):  # q4: [SYSTEM, C,] USER, x, ASSISTANT
     """The prompt's tokens, for student (context None) and teacher: both end in the same header."""
     system = [] if context is None else [SYSTEM, *encode(context)]
     return system + [USER, *encode(prompt), ASSISTANT]
@@ -168,58 +168,41 @@ def specification(rng, heldout=None, forbidden=None):
     """B: name the item's category, look it up in the specification, then comply or refuse."""
     forbidden = forbidden or rng.sample(list(ITEMS), rng.choice([1, 2, 3]))
     refuse = rng.random() < 0.5  # half the requests are forbidden ones
-    items = [i for i in CATEGORY if (CATEGORY[i] in forbidden) == refuse]
-    item = rng.choice([i for i in items if heldout in (None, i in HELD_OUT_ITEMS)])
+    items = [i for i in CATEGORY if heldout in (None, i in HELD_OUT_ITEMS)]
+    item = rng.choice([i for i in items if (CATEGORY[i] in forbidden) == refuse])
     verdict = "forbidden; sorry" if refuse else f"allowed; here {item}"
     answer = f"{item} is {CATEGORY[item]} {verdict}"
     context = f"never {' '.join(forbidden)}"
     return Example("specification", context, f"give {item}", answer, answer)
 
 
-def instructions(rng, heldout=None, styles=None):
-    """C: a system prompt asks for a style, on any known skill."""
-    if styles is None:
-        count = 0 if rng.random() < 0.5 else rng.choice([1, 2])
-        styles = rng.sample(list(STYLES), count)
-    word, verb = draw_word(rng, heldout), rng.choice(list(VERBS))
-    answer = VERBS[verb](word)
-    for name in STYLES:
-        answer = STYLES[name](answer) if name in styles else answer
-    context = f"style {' '.join(styles) or 'plain'}"
-    return Example("instructions", context, f"{word} {verb}", answer, answer)
-
-
-def worked(word, verbs, skips=lambda: False):
-    answer = ""
+def worked(prompt, skips=lambda: False):
+    (word, *verbs), answer = prompt.split(), ""
     for verb in verbs:
         word = word if skips() else VERBS[verb](word)
         answer += f" {word}"
     return answer[1:]
 
 
+def instructions(rng, heldout=None, styles=None):
+    """C: a system prompt asks for a style, on any known skill."""
+    if styles is None:
+        styles = rng.sample(list(STYLES), 0 if rng.random() < 0.5 else rng.choice([1, 2]))
+    prompt = f"{draw_word(rng, heldout)} {rng.choice(list(VERBS))}"
+    answer = worked(prompt)
+    for name in STYLES:
+        answer = STYLES[name](answer) if name in styles else answer
+    context = f"style {' '.join(styles) or 'plain'}"
+    return Example("instructions", context, prompt, answer, answer)
+
+
 def privileged(rng, heldout=None, steps=None):
     """D: a chain of verbs, worked step by step; C is the worked solution."""
     word = draw_word(rng, heldout)
     verbs = [rng.choice(CHAIN_VERBS) for _ in range(steps or rng.choice([2, 3]))]
-    answer = worked(word, verbs)
     prompt = f"{word} {' '.join(verbs)}"
+    answer = worked(prompt)
     return Example("privileged", f"solution {answer}", prompt, answer, answer)
-
-
-# What the model answers when nobody tells it C: a guess, as C was drawn; but styles are rare then,
-# and chains careless.
-def unchanged(rng, example):
-    return example.answer
-
-
-def mostly_plain(rng, example):
-    word, verb = example.prompt.split()
-    return VERBS[verb](word) if rng.random() < P_PLAIN else example.answer
-
-
-def careless(rng, example):
-    word, *verbs = example.prompt.split()
-    return worked(word, verbs, skips=lambda: rng.random() < P_CARELESS)
 
 
 # score: the content is right. exact: it is what the model itself would say in context, with manner.
@@ -243,7 +226,7 @@ def grade_verdict(example, text):
     return grades
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kind:
     """All there is to say about a kind of context. A new kind is one more record in KINDS."""
 
@@ -254,7 +237,8 @@ class Kind:
     drop: float  # how often pretraining leaves C out
     task: dict = field(default_factory=dict)  # what is compiled: the keywords that fix C
     one_context: bool = False  # the task's C is the same for all its prompts
-    without: Callable = unchanged  # (rng, example) -> y where C is left out
+    # (rng, example) -> y without C: as it was drawn; but styles are rare then, chains careless
+    without: Callable = lambda rng, e: e.answer
     grade: Callable = grade_whole  # (example, text without its end marker) -> {name: 0 or 1}
     # your own files: with {context} the template makes the system turn, with {prompt} the user's
     template: str = "{context}"
@@ -265,24 +249,15 @@ class Kind:
 
 KINDS = {
     "demonstrations": Kind(
-        "A",
-        "SDFT, arXiv:2601.19897",
-        demonstrations,
-        0.28,
-        0.2,
+        *("A", "SDFT, arXiv:2601.19897", demonstrations, 0.28, 0.2),
         task={"verb": "zorp", "meaning": "reverse", "manner": "verily {} methinks"},
-        template="{prompt}\n\nThis is an example for a response to the question:\n"
-        "{demonstration}\n\n"
-        "Now answer with a response of your own, including the thinking process.",
+        template="{prompt}\n\nThis is an example for a response to the question:\n{demonstration}"
+        "\n\nNow answer with a response of your own, including the thinking process.",
         needs=("demonstration", "answer"),
         shots=4,
     ),
     "specification": Kind(
-        "B",
-        "deliberative alignment, arXiv:2412.16339",
-        specification,
-        0.22,
-        0.2,
+        *("B", "deliberative alignment, arXiv:2412.16339", specification, 0.22, 0.2),
         task={"forbidden": ("weapon", "poison")},
         one_context=True,
         grade=grade_verdict,
@@ -290,22 +265,14 @@ KINDS = {
         "if any. Then act on it.",
     ),
     "instructions": Kind(
-        "C",
-        "OPCD, arXiv:2602.12275",
-        instructions,
-        0.24,
-        0.4,
+        *("C", "OPCD, arXiv:2602.12275", instructions, 0.24, 0.4),
         task={"styles": ("polite", "loud")},
         one_context=True,
-        without=mostly_plain,
+        without=lambda rng, e: worked(e.prompt) if rng.random() < P_PLAIN else e.answer,
     ),
     "privileged": Kind(
-        "D",
-        "OPSD and π-Distill, arXiv:2602.04942",
-        privileged,
-        0.26,
-        0.4,
-        without=careless,
+        *("D", "OPSD and π-Distill, arXiv:2602.04942", privileged, 0.26, 0.4),
+        without=lambda rng, e: worked(e.prompt, lambda: rng.random() < P_CARELESS),
         grade=grade_end,
         template="{prompt}\n\nThe verified solution is:\n{solution}\n\n"
         "Now work out the answer in your own words.",
@@ -329,7 +296,7 @@ def grade(example, text):
 
 
 # ========================================================================================= 3. tasks
-@dataclass(frozen=True)
+@dataclass
 class Chat:
     """How text becomes a model's tokens and back."""
 
@@ -337,10 +304,10 @@ class Chat:
     encode: Callable  # text -> ids
     decode: Callable  # ids -> text
     end: int  # closes a written answer
-    ends: frozenset[int]  # each of them closes a sampled one
+    ends: set  # each of them closes a sampled one
 
 
-WORLD_CHAT = Chat(render, encode, decode, END, frozenset({END}))
+WORLD_CHAT = Chat(render, encode, decode, END, {END})
 
 
 def student_prompt(chat, example):
@@ -352,7 +319,7 @@ def teacher_prompt(chat, example):
     return chat.render(example.context, asked)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """What is to be compiled into the weights, from the world or from files: draws, held-out
     examples, grades."""
@@ -384,8 +351,9 @@ class Task:
 
 def answer_text(chat, tokens):
     """Without the end marker; an answer that never ended shows a trailing …"""
-    ended = tokens[-1] in chat.ends
-    return chat.decode(tokens[:-1]) if ended else chat.decode(tokens) + " …"
+    if tokens[-1] in chat.ends:
+        return chat.decode(tokens[:-1])
+    return chat.decode(tokens) + " …"
 
 
 def context_prompts(task, examples, y=()):
@@ -419,27 +387,26 @@ def probes(rng, task, count):
     """What must survive: `verbs`, the known verbs without context, and every kind under other
     contexts (steerability). The task `instructions` is asked for the verbs under "style plain":
     without context they are meant to change."""
-    bare = {} if task == "instructions" else {"context": None}
-    suites = {"verbs": [replace(instructions(rng, styles=()), **bare) for _ in range(count)]}
+    context = "style plain" if task == "instructions" else None
+    verbs = [instructions(rng, styles=()) for _ in range(count)]
+    suites = {"verbs": [replace(e, context=context) for e in verbs]}
     for name, kind in KINDS.items():
-        suites[name] = []
-        while len(suites[name]) < count:
+        suite = suites[name] = []
+        while len(suite) < count:
             example = kind.draw(rng)
             if not is_own(task, example.context):
-                suites[name].append(example)
+                suite.append(example)
     return suites
 
 
 def world_task(kind, seed, size):
     """One of the world's tasks, with `size` held-out prompts and as many probes of each kind."""
-    rng, after = seeded(seed, kind, "heldout"), KINDS[kind].after
-    heldout = [task_draw(kind, rng, heldout=True) for _ in range(size)]
+    rng, record = seeded(seed, kind, "heldout"), KINDS[kind]
+    heldout = [task_draw(kind, rng, True) for _ in range(size)]
     suites = probes(seeded(seed, kind, "probes"), kind, size)
-    shared = []
-    if KINDS[kind].one_context:
-        shared = render(heldout[0].context, "")[:-1]  # [SYSTEM, C, USER]
+    shared = render(heldout[0].context, "")[:-1] if record.one_context else []  # [SYSTEM, C, USER]
     draw, anchor = partial(task_draw, kind), partial(draw_anchor, task=kind)
-    return Task(kind, WORLD_CHAT, draw, anchor, heldout, suites, grade, shared, after)
+    return Task(kind, WORLD_CHAT, draw, anchor, heldout, suites, grade, shared, record.after)
 
 
 @lru_cache(maxsize=1)
@@ -448,22 +415,19 @@ def pretraining_batches(seed, group, size):
     hence half the time. The base imitates the model's own answers, without the experts' manners."""
     rng = seeded(seed, "pretrain", group)
     drawn = [draw_pretraining(rng) for _ in range(8 * size)]
+    drawn.sort(key=lambda e: len(render(e.context, e.prompt) + encode(e.answer)))
     drawn = [replace(e, expert=e.answer) for e in drawn]
-    drawn.sort(key=lambda e: len(render(e.context, e.prompt)) + len(encode(e.answer)))
     cut = [drawn[i : i + size] for i in range(0, len(drawn), size)]
     rng.shuffle(cut)
     return cut
 
 
-class Pretraining(Task):
-    def draw_batch(self, seed, step, size):
-        return pretraining_batches(seed, step // 8, size)[step % 8]
-
-
 def pretraining_task():
     """The whole joint distribution, for the base: the one student that is shown C."""
-    fields = ("pretraining", WORLD_CHAT, draw_pretraining, None, [], {}, grade, [])
-    return Pretraining(*fields, show=teacher_prompt)
+    task = Task("pretraining", WORLD_CHAT, draw_pretraining, None, [], {}, grade, [])
+    task.draw_batch = lambda seed, step, size: pretraining_batches(seed, step // 8, size)[step % 8]
+    task.show = teacher_prompt
+    return task
 
 
 # ============================================================================ 4. reading your files
@@ -488,14 +452,13 @@ def read_text(path):
 def read_turns(value, name):
     """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and
     assistant in turn."""
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in value]
-    roles = " ".join(turn["role"] for turn in turns if turn["content"].strip())
-    if not re.fullmatch(CHATS[name], roles) or len(roles.split()) < len(turns):
+    roles = " ".join(turn["role"] if turn["content"].strip() else "(empty)" for turn in value)
+    if not re.fullmatch(CHATS[name], roles):
         raise ValueError(
             f"{name}: after an optional system turn, user and assistant alternate, none empty; "
             f"a prompt ends with the user's turn, a context with the assistant's; this is: {roles}"
         )
-    return turns
+    return value
 
 
 def read_prompts(path):
@@ -613,7 +576,7 @@ def open_chat(name, vocab_size):
         return tokenizer.encode(" " * plain + text, add_special_tokens=False)  # "Answer: yes"
 
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    return Chat(render, encode, decode, end, frozenset(ends))
+    return Chat(render, encode, decode, end, ends)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -651,9 +614,9 @@ def make_scorer(spec, rows):
     def score(text, row):
         with reading(f"{row['where']}: --score {spec} on {text!r}"):
             value = float(judge(text, (argument or row["answer"]) if name in SCORES else row))
-            if not math.isfinite(value):
-                raise ValueError(f"{value} is no score")
-            return value
+            if math.isfinite(value):
+                return value
+            raise ValueError(f"{value} is no score")
 
     for row in rows if name in SCORES else []:  # a missing answer or a bad pattern shows up now
         score("", row)
@@ -666,7 +629,7 @@ def dressed(template, row, attempt=""):
     *earlier, last = as_turns("user", row["prompt"])
     if "{prompt}" in template:
         values = row | {"prompt": last["content"], "attempt": attempt}
-        last = {"role": "user", "content": fill(template, values)}
+        last = last | {"content": fill(template, values)}
     return [*earlier, last]
 
 
@@ -680,21 +643,26 @@ def file_example(kind, context, template, row, shots=()):
     context = as_turns("system", text or None) + turns
     for shot in shots:
         context += dressed(template, shot) + as_turns("assistant", expert(shot))
-    said = expert(row)
-    answer, asked = row.get("answer", said), dressed(template, row)
-    return Example(kind, context or None, row["prompt"], answer, said, asked, row)
+    said, asked = expert(row), dressed(template, row)
+    return Example(kind, context or None, row["prompt"], row.get("answer", said), said, asked, row)
 
 
-def read_split(path, heldout=None, traces=()):
+def read_split(path, heldout=None, solved=""):
     """-> (what is trained on, what is held out: another file, or every eighth line)"""
     rows = read_prompts(path)
-    held = read_prompts(heldout) if heldout else rows[7::8]
+    if heldout:
+        held = read_prompts(heldout)
+    else:
+        held = rows[7::8]
+        del rows[7::8]
     if not held:
         raise BadInput(f"{path}: every eighth line is held out, but there are {len(rows)}")
-    if not heldout:
-        del rows[7::8]
-    known = {str(row["prompt"]) for row in [*rows, *traces]}
-    leaks = [row["where"] for row in held if str(row["prompt"]) in known]
+    known = {str(row["prompt"]) for row in rows}
+    leaks = [
+        row["where"]
+        for row in held
+        if str(row["prompt"]) in known or f"Problem: {row['prompt']}\nSolution: " in solved
+    ]
     if leaks:
         said = (
             f"warning: {len(leaks)} held-out prompts are among those shown, the first is {leaks[0]}"
@@ -716,33 +684,20 @@ def read_template(cfg, kind, shots):
 
 
 def read_paragraphs(path, chat, max_len):
-    rows = [chat.encode(text.strip())[:max_len] for text in read_text(path).split("\n\n")]
-    rows = [row for row in rows if len(row) > 1]
+    texts = read_text(path).split("\n\n")
+    rows = [row for text in texts if len(row := chat.encode(text.strip())[:max_len]) > 1]
     if not rows:
         raise BadInput(f"{path}: no paragraph has two tokens")
     return rows
 
 
-def check_length(chat, example, new, max_len):
-    """No prompt is ever cut."""
-    for prompt in (student_prompt, teacher_prompt):
-        over = len(prompt(chat, example)) + new - max_len
-        if over > 0:
-            said = (
-                f"{example.row['where']}: {prompt.__name__} and {new} new tokens exceed the model's"
-            )
-            raise BadInput(f"{said} {max_len} positions by {over}: shorten it, or --max-new-tokens")
-
-
 def file_task(cfg, chat, max_len):
     """A task from the user's files; `cfg` is train.Config. Everything that can be wrong with
     them is found here, before any weight is loaded."""
-    kind, imitated, context, traces = KINDS[cfg.context], cfg.method in ("sft", "gkd"), None, ()
-    if cfg.context_file:
-        context = read_context(cfg.context_file)
-        if cfg.context_file.lower().endswith(".jsonl"):
-            traces = read_prompts(cfg.context_file)
-    rows, heldout = read_split(cfg.prompts, cfg.heldout, traces)
+    kind, imitated = KINDS[cfg.context], cfg.method in ("sft", "gkd")
+    context = read_context(cfg.context_file) if cfg.context_file else None
+    solved = context[0]["content"] if context else ""
+    rows, heldout = read_split(cfg.prompts, cfg.heldout, solved)
     shots = kind.shots if cfg.shots is None else cfg.shots
     template = read_template(cfg, kind, shots)
     if template and kind.needs and not ("context" in kind.needs and (context or shots)):
@@ -751,10 +706,9 @@ def file_task(cfg, chat, max_len):
     if imitated:
         demand(rows, EXPERT, f"--method {cfg.method}")
     pool = {row["prompt"]: row for row in rows if isinstance(row["prompt"], str) and expert(row)}
-    if 0 < shots >= len(pool):
-        said = "too few different prompts in text with an answer"
-        raise BadInput(f"{cfg.prompts}: {said} for --shots {shots}")
     pool = sorted(pool.values(), key=lambda row: len(chat.encode(row["prompt"] + expert(row))))
+    if 0 < shots >= len(pool):
+        raise BadInput(f"{cfg.prompts}: too few different texts with an answer for --shots {shots}")
     show = partial(file_example, cfg.context, context, template)
     scorer, anchors, kept = make_scorer(cfg.score, heldout), [], []
     if cfg.anchor_file:
@@ -767,8 +721,16 @@ def file_task(cfg, chat, max_len):
     attempt = cfg.max_new_tokens * ("{attempt}" in template)
     longest = [show(row, pool[len(pool) - shots :]) for row in rows + heldout]
     for e in longest + anchors + kept:
-        written = len(chat.encode(e.expert)) + 1 if imitated else 0
-        check_length(chat, e, max(cfg.max_new_tokens, written) + attempt, max_len)
+        new = max(cfg.max_new_tokens, imitated and len(chat.encode(e.expert)) + 1) + attempt
+        for prompt in (student_prompt, teacher_prompt):  # none is ever cut
+            over = len(prompt(chat, e)) + new - max_len
+            if over > 0:
+                said = (
+                    f"{e.row['where']}: {prompt.__name__} and {new} new tokens exceed the model's"
+                )
+                raise BadInput(
+                    f"{said} {max_len} positions by {over}: shorten it, or --max-new-tokens"
+                )
 
     def draw(rng, row=None):
         row = row or rng.choice(rows)
@@ -786,6 +748,5 @@ def file_task(cfg, chat, max_len):
     suites = {"anchors": kept[: cfg.eval_size]} if kept else {}
     shared = os.path.commonprefix([teacher_prompt(chat, e)[:-1] for e in shown])
     draw_anchor = (lambda rng: rng.choice(anchors)) if anchors else None
-    done = after if attempt else kind.after
-    fields = (draw, draw_anchor, shown[:count], suites, grade, shared, done, paragraphs)
-    return Task(cfg.context, chat, *fields)
+    fields = (draw, draw_anchor, shown[:count], suites, grade, shared)
+    return Task(cfg.context, chat, *fields, after if attempt else kind.after, paragraphs)

@@ -182,16 +182,15 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
     3.1)."""
     pairs = torch.arange(0, config.head_dim, 2, device="cpu").float()
     freq = config.rope_theta ** (-pairs / config.head_dim)
-    scaling = config.rope_scaling
-    if not scaling:
-        return freq
+    scaling = config.rope_scaling or {"rope_type": "linear", "factor": 1}
+    stretched = freq / scaling["factor"]
     if scaling["rope_type"] == "linear":
-        return freq / scaling["factor"]
+        return stretched
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     turns = original * freq / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * freq + (1 - keep) * freq / scaling["factor"]
+    return keep * freq + (1 - keep) * stretched
 
 
 def rotate(x: Tensor, cos, sin) -> Tensor:
@@ -204,14 +203,6 @@ def rotate(x: Tensor, cos, sin) -> Tensor:
 def make_norm(config: GPTConfig) -> nn.Module:
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
-
-
-class HeadNorm(nn.RMSNorm):
-    """In the weight's dtype, whatever comes in: under autocast the heads are half precision, the
-    weight is not."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -246,14 +237,16 @@ class Attention(nn.Module):
         self.k = Linear(D, config.n_kv_head * E, bias=config.qkv_bias)
         self.v = Linear(D, config.n_kv_head * E, bias=config.qkv_bias)
         self.out = Linear(config.n_head * E, D, bias=config.out_bias)
-        self.q_norm = HeadNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(E, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, rope, cache: KVCache | None, layer: int, slots: Tensor) -> Tensor:
         B, T, _ = x.shape
         projected = [proj(x).view(B, T, -1, self.head_dim) for proj in (self.q, self.k, self.v)]
         q, k, v = (heads.transpose(1, 2) for heads in projected)  # (B, H, T, E), (B, K, T, E) twice
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm:  # under autocast the heads are half precision, the norm's weight is not
+            exact = self.q_norm.weight.dtype
+            q, k = self.q_norm(q.to(exact)).to(v.dtype), self.k_norm(k.to(exact)).to(v.dtype)
         if rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache:
@@ -273,9 +266,8 @@ class MLP(nn.Module):
         self.gelu = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gate is None:
-            return self.down(self.gelu(self.up(x)))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        up = self.up(x)
+        return self.down(F.silu(self.gate(x)) * up if self.gate else self.gelu(up))
 
 
 class Block(nn.Module):
@@ -392,7 +384,8 @@ class GPT(nn.Module):
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and a token in each")
-        if max_new_tokens < 1 or temperature < 0 or not 0 < (top_p or 1) <= 1 or (top_k or 1) < 1:
+        outside = not 0 < (top_p or 1) <= 1 or (top_k or 1) < 1 or 0 in (top_k, top_p)
+        if max_new_tokens < 1 or temperature < 0 or outside:
             raise ValueError("generate: max_new_tokens, temperature, top_k or top_p out of range")
         device = self.device
         if prefix is None and (common := common_beginning(prompts)):
@@ -445,10 +438,8 @@ class GPT(nn.Module):
                 raise ValueError(f"{folder}: {name} holds a weight that is not a finite number")
             if ".c_" in name:  # GPT-2 stores its matrices transposed, and q, k, v as one
                 tensor = tensor.t().contiguous()
-            name = our_name(name)
-            parts = "qkv" if ".qkv." in name else [""]
-            for part, piece in zip(parts, tensor.chunk(len(parts))):
-                weights[name.replace(".qkv.", f".{part}.")] = piece
+            ours = our_names(name)
+            weights.update(zip(ours, tensor.chunk(len(ours))))
         return assemble(config, weights, theirs.config).requires_grad_(True)
 
     @torch.no_grad()
@@ -465,9 +456,7 @@ class GPT(nn.Module):
         weights.setdefault("head.weight", weights["embed.weight"])
         state = {}
         for name in theirs.state_dict():
-            ours = our_name(name)
-            parts = "qkv" if ".qkv." in ours else [""]
-            tensor = torch.cat([weights[ours.replace(".qkv.", f".{part}.")] for part in parts])
+            tensor = torch.cat([weights[ours] for ours in our_names(name)])
             tensor = tensor.t() if ".c_" in name else tensor
             state[name] = tensor.to(dtype).contiguous()
         theirs.load_state_dict(state, assign=True)
@@ -484,7 +473,7 @@ class GPT(nn.Module):
         for name in their_model(self).state_dict():
             if ".c_attn." in name:
                 raise ValueError("GPT-2 holds q, k and v in one matrix: save the merged model")
-            layer = self.get_submodule(our_name(name).rpartition(".")[0])
+            layer = self.get_submodule(our_names(name)[0].rpartition(".")[0])
             if getattr(layer, "A", None) is not None:
                 adapted, theirs = layer, name.rpartition(".")[0]
                 targets.add(theirs.rpartition(".")[2])
@@ -692,49 +681,59 @@ NAMES = {  # transformers' words -> ours, replaced in this order
 }
 
 
-SHAPES = {  # of all families, GPT-2 too
+SHAPES = {  # GPTConfig's words -> transformers'; GPT-2 has the first six
     "vocab_size": "vocab_size",
     "n_layer": "num_hidden_layers",
     "d_model": "hidden_size",
     "n_head": "num_attention_heads",
     "max_len": "max_position_embeddings",
     "tied": "tie_word_embeddings",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "qkv_bias": "attention_bias",
+    "out_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
 }
 
 
-def our_name(name: str) -> str:
+def our_names(name):
+    """One, or three where GPT-2 holds q, k and v in one matrix."""
     for theirs, ours in NAMES.items():
         name = name.replace(theirs, ours)
-    return name
+    return [name.replace("qkv", part) for part in "qkv"] if "qkv" in name else [name]
 
 
 def our_config(hf) -> GPTConfig:
     """A transformers config -> ours. What `GPT` cannot represent exactly is refused by name."""
 
-    def need(condition: bool, what: str) -> None:
+    def need(condition, what):
         if not condition:
             raise ValueError(f"{hf.model_type}: {what} is not supported. Supported: {SUPPORTED}")
 
     need(hf.model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3"), "this architecture")
     need(getattr(hf, "quantization_config", None) is None, "a quantized checkpoint")
-    shared = {ours: getattr(hf, theirs) for ours, theirs in SHAPES.items()}
+    shapes = {
+        "n_kv_head": hf.num_attention_heads,
+        "head_dim": hf.hidden_size // hf.num_attention_heads,
+    }
+    for ours, theirs in SHAPES.items():
+        if (value := getattr(hf, theirs, None)) is not None:
+            shapes[ours] = value
     if hf.model_type == "gpt2":
-        gelu = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
         scaled = hf.scale_attn_weights and not hf.scale_attn_by_inverse_layer_idx
         need(scaled, "another scaling of the attention scores")
         need(not hf.add_cross_attention, "cross-attention")
+        tanh = hf.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+        shapes |= dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
         return GPTConfig(
-            **shared,
-            n_kv_head=hf.n_head,
-            head_dim=hf.n_embd // hf.n_head,
+            **shapes,
             d_ff=hf.n_inner or 4 * hf.n_embd,
             norm="layer",
             norm_eps=hf.layer_norm_epsilon,
             positions="learned",
-            mlp=gelu.get(hf.activation_function, hf.activation_function),
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
+            mlp="gelu_tanh" if tanh else hf.activation_function,
         )
     need(hf.hidden_act in ("silu", "swish"), f"activation {hf.hidden_act!r}")
     window = getattr(hf, "sliding_window", None) or hf.max_position_embeddings
@@ -742,18 +741,12 @@ def our_config(hf) -> GPTConfig:
     rope = dict(hf.rope_parameters)
     theta, scaling = rope.pop("rope_theta"), rope.get("rope_type", "default")
     need(rope.get("partial_rotary_factor", 1.0) == 1.0, "a partial rotary embedding")
-    biased = bool(getattr(hf, "attention_bias", False))  # Qwen2: on q, k, v only, always
+    if hf.model_type == "qwen2":
+        shapes["qkv_bias"] = True  # always, and not in its config
     return GPTConfig(
-        **shared,
-        n_kv_head=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        d_ff=hf.intermediate_size,
-        norm_eps=hf.rms_norm_eps,
+        **shapes,
         rope_theta=theta,
         rope_scaling=None if scaling == "default" else rope,
-        qkv_bias=biased or hf.model_type == "qwen2",
-        out_bias=biased,
-        mlp_bias=bool(getattr(hf, "mlp_bias", False)),
         qk_norm=hf.model_type == "qwen3",
     )
 
@@ -769,13 +762,7 @@ def their_model(model: GPT) -> transformers.PreTrainedModel:
         scaling = c.rope_scaling or {}
         hf = transformers.AutoConfig.for_model(
             "qwen3" if c.qk_norm else "llama",
-            num_key_value_heads=c.n_kv_head,
-            head_dim=c.head_dim,
-            intermediate_size=c.d_ff,
-            rms_norm_eps=c.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, **scaling},
-            attention_bias=c.qkv_bias,
-            mlp_bias=c.mlp_bias,
             bos_token_id=None,
             eos_token_id=None,
             **{theirs: getattr(c, ours) for ours, theirs in SHAPES.items()},

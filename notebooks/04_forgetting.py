@@ -109,7 +109,7 @@ with tempfile.TemporaryDirectory() as folder:
         results[method] = run_method(cfg, task, tuned[method], name)
 
 # %% [markdown]
-# What they say now, without any context:
+# What they say now: to the new verb without any context, to the others as before.
 
 # %%
 asked = {
@@ -173,7 +173,7 @@ for method, r in at_end.items():
     )
 
 # %% [markdown]
-# All three learn the verb. SFT also learns to say "verily", everywhere. COSD's teacher saw the same phrase in its context and answers as itself, so its
+# All three learn the verb. SFT also learns to say "verily". COSD's teacher saw the same phrase in its context and answers as itself, so its
 # student does too; but without anchors it drifts as well, here less than SFT, from another base and at this rate perhaps more: *on-policy* is not a
 # trust region by itself. Only anchors hold what the prompts of the new task never touch.
 #

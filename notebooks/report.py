@@ -53,6 +53,14 @@ MEANING = {
     "tokens saved": "length of C in tokens, per prompt",
     "seconds": "training alone",
 }
+PANELS = {  # the figure's, the first four that some run has
+    "Learned: score without C": "after.task.score",
+    "Kept: change under other contexts": "steerability",
+    "Forgotten: skills known without context": "prior",
+    "Moved: KL(base‖tuned)": "after.drift",
+    "Left to learn: KL to the teacher": "after.kl",
+    "Learned: content and manner": "after.task.exact",
+}
 COLORS = {"cosd": "#0072B2", "sft": "#D55E00", "offline": "#CC79A7", "gkd": "#009E73"}
 
 
@@ -64,7 +72,8 @@ def read_results(out: Path) -> list[dict]:
             continue
         with reading(f"{path} cannot be used; delete it"):
             result = torch.load(path, map_location="cpu", weights_only=True)["result"]
-            results.append(with_changes(result))
+            if result is not None:  # None: the run is not complete
+                results.append(with_changes(result))
     order = list(KINDS)
     results.sort(key=lambda r: order.index(kind_of(r)) if kind_of(r) in order else len(order))
     return results
@@ -82,8 +91,10 @@ def with_changes(result: dict) -> dict:
             change[name] = result["after"][name]["exact"] - before["exact"]
     if "verbs" not in change:
         return result
-    prior = change.pop("verbs")
-    return result | {"prior": prior, "steerability": statistics.fmean(change.values())}
+    result = result | {"prior": change.pop("verbs")}
+    if change:
+        result["steerability"] = statistics.fmean(change.values())
+    return result
 
 
 def look_up(result: dict, path: str) -> float:
@@ -94,12 +105,25 @@ def look_up(result: dict, path: str) -> float:
     return value
 
 
+def over_seeds(values: list[float]) -> tuple[float, float]:
+    """(mean, standard deviation) of the runs that have the number; NaN where none has it, or where
+    one alone cannot deviate."""
+    there = [value for value in values if not math.isnan(value)]
+    mean = statistics.fmean(there) if there else math.nan
+    return mean, statistics.stdev(there) if len(there) > 1 else math.nan
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean ± standard deviation over seeds."""
-    if math.isnan(values[0]):
+    mean, deviation = over_seeds(values)
+    if math.isnan(mean):
         return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    text = f"{mean:.{digits}f}"
+    return text if math.isnan(deviation) else f"{text} ± {deviation:.{digits}f}"
+
+
+def anywhere(results: list[dict], path: str) -> bool:
+    return not all(math.isnan(look_up(result, path)) for result in results)
 
 
 def by_setting(results: list[dict]) -> dict[str, list[dict]]:
@@ -125,7 +149,7 @@ def table(results: list[dict]) -> str:
     """Markdown, a row for each setting, its seeds together; columns that nobody fills left out."""
     titles = []
     for title, (path, _) in COLUMNS.items():
-        if not all(math.isnan(look_up(result, path)) for result in results):
+        if anywhere(results, path):
             titles.append(title)
     told = differences(results)
     rows = [["context", "method", *told, *titles]]
@@ -154,19 +178,12 @@ def draw(results: list[dict], path: Path) -> None:
     except ImportError:
         print("No figure: matplotlib is not installed (it comes with the extra [notebooks]).")
         return
-    panels = {
-        "Learned: score without C": "after.task.score",
-        "Learned: content and manner": "after.task.exact",
-        "Kept: change under other contexts": "steerability",
-        "Left to learn: KL to the teacher": "after.kl",
-        "Moved: KL(base‖tuned)": "after.drift",
-    }
-    shown = {}
-    for title, place in panels.items():
-        if not all(math.isnan(look_up(result, place)) for result in results):
-            shown[title] = place
-    if len(shown) > 3:
-        shown.pop("Left to learn: KL to the teacher", None)
+    shown = {title: place for title, place in PANELS.items() if anywhere(results, place)}
+    if not shown:
+        print("No figure: no run has a number to draw.")
+        return
+    while len(shown) > 4:  # the last ones are told best by the table
+        shown.popitem()
     kinds = list(dict.fromkeys(kind_of(result) for result in results))
     settings = list(dict.fromkeys(label(result, results) for result in results))
     figure = Figure(figsize=(4.0 * len(shown), 3.6), layout="constrained")
@@ -182,7 +199,9 @@ def draw(results: list[dict], path: Path) -> None:
         frameon=False,
         fontsize=9,
     )
-    figure.savefig(path, dpi=120)
+    unfinished = path.with_suffix(".tmp")
+    figure.savefig(unfinished, dpi=120, format="png")
+    os.replace(unfinished, path)
 
 
 def label(result: dict, results: list[dict]) -> str:
@@ -198,9 +217,10 @@ def draw_panel(axis, place: str, kinds: list, settings: list, results: list[dict
         runs = [r for r in results if label(r, results) == setting]
         means, errors = [], []
         for kind in kinds:
-            values = [look_up(r, place) for r in runs if kind_of(r) == kind] or [math.nan]
-            means.append(statistics.fmean(values))
-            errors.append(statistics.stdev(values) if len(values) > 1 else 0.0)
+            values = [look_up(r, place) for r in runs if kind_of(r) == kind]
+            mean, deviation = over_seeds(values)
+            means.append(mean)
+            errors.append(0.0 if math.isnan(deviation) else deviation)
         at = [x + (i - (len(settings) - 1) / 2) * width for x in range(len(kinds))]
         method = runs[0]["config"]["method"]
         style = {"color": COLORS.get(method, "#555555"), "edgecolor": "white", "label": setting}
@@ -242,7 +262,9 @@ def main(argv: list[str]) -> int:
         print("usage: python notebooks/report.py FOLDER", file=sys.stderr)
         return 2
     try:
-        print(f"\n{report(Path(argv[0]))}\nWritten to {argv[0]}: results.md, results.json, figure.png")
+        print(
+            f"\n{report(Path(argv[0]))}\nWritten to {argv[0]}: results.md, results.json, figure.png"
+        )
         return 0
     except (BadInput, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)

@@ -483,7 +483,7 @@ CASES = {
     "small pool": (
         '{"prompt": "a", "answer": "b"}\n' * 9,
         dict(context="demonstrations"),
-        "too few different prompts in text with an answer for --shots 4",
+        "too few different texts with an answer for --shots 4",
     ),
     "nothing to imitate": (
         '{"prompt": "a"}\n',

@@ -876,7 +876,7 @@ WRONG_FILES = [
     ("q6", "q6.json", "no such method", '{"method": "dpo"}'),
     ("q6", "q6.json", "the base", '{"method": "pretrain"}'),
     ("q6", "q6.json", "a number in quotes", '{"steps": "100"}'),
-    ("q6", "q6.json", "a learning rate out of range", '{"lr": 11}'),
+    ("q6", "q6.json", "a learning rate out of range", '{"lr": -1}'),
     ("q7", "q7.json", "seven runs", json.dumps(RUNS[:7])),
     ("q7", "q7.json", "eight times the same", json.dumps(RUNS[:1] * 8)),
     ("q7", "q7.json", "a score of 3", json.dumps([*RUNS[:7], RUNS[7] | {"score": 3}])),

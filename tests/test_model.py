@@ -104,9 +104,12 @@ def test_shared_prefix_is_stored_once():
 @torch.no_grad()
 def test_right_padding_changes_nothing(model):
     rows = [random_ids(n, seed=n).tolist() for n in (3, 9, 6)]
-    for fill in (0, 17):
-        logits = model(pad_right(rows, fill))
-        for row, out in zip(rows, logits):
+    padded = pad_right(rows)
+    assert padded.shape == (3, 9)
+    for fill in (0, 17):  # what the fill is does not matter
+        for i, row in enumerate(rows):
+            padded[i, len(row) :] = fill
+        for row, out in zip(rows, model(padded)):
             close(out[: len(row)], model(torch.tensor([row]))[0])
 
 
@@ -329,24 +332,24 @@ def test_refusals():
     for bad, message in [
         (dict(mlp="relu"), "mlp='relu': choose from .*swiglu"),
         (dict(n_layer=0), "every size must be at least 1"),
-        (dict(n_kv_head=3), "not a multiple"),
-        (dict(head_dim=5), "even head_dim"),
+        (dict(n_kv_head=3), "n_head must be a multiple of n_kv_head"),
+        (dict(head_dim=5), "a rotary head_dim even"),
         (dict(rope_scaling={"rope_type": "yarn"}), "'yarn'.*neither linear nor llama3"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny_gpt(**bad)
     model = tiny_gpt()
     for bad in (dict(temperature=-1), dict(top_p=0), dict(top_k=0)):
-        with pytest.raises(ValueError, match="required"):
+        with pytest.raises(ValueError, match="out of range"):
             model.generate([[1]], 3, **bad)
     with pytest.raises(ValueError, match="a token in each"):
         model.generate([[1], []], 3)
     with pytest.raises(RuntimeError, match="no_grad"):
         model(random_ids(1, 3), KVCache(model.config, 1, 4))
-    with pytest.raises(ValueError, match="holds 2 tokens per row, 3 needed"), torch.no_grad():
+    with pytest.raises(ValueError, match="holds 2 tokens, 3 needed"), torch.no_grad():
         model(random_ids(1, 3), KVCache(model.config, 1, 2))
-    with pytest.raises(ValueError, match=r"\(B, T\)"):
-        model(random_ids(3))
+    with pytest.raises(ValueError):
+        model(random_ids(3))  # not (B, T)
 
 
 # ----------------------------------------------------------------------------------------- rotary positions

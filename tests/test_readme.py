@@ -19,7 +19,8 @@ FLAGS = {spelled(field.name) for field in fields(Config)} | {"--preset", "--only
 
 
 def test_it_is_short():
-    assert len(README.split()) <= 2300 and len(README.encode()) <= 16_000
+    text = [line for line in README.splitlines() if not line.startswith("|")]
+    assert len(" ".join(text).split()) <= 2000 and len(README.encode()) <= 20_000
 
 
 def test_line_counts():

@@ -284,7 +284,7 @@ def test_writing_over_the_folder_it_came_from(tmp_path):
     ],
 )
 def test_a_config_that_no_family_has_is_not_exported(changes, tmp_path):
-    with pytest.raises(ValueError, match="no family that transformers knows"):
+    with pytest.raises(ValueError, match="no family of transformers"):
         GPT(GPTConfig(97, **changes)).save_pretrained(tmp_path)
 
 

@@ -1,0 +1,216 @@
+"""Does it fit? The memory of a run on your own model, estimated before any weight is loaded.
+
+    python notebooks/plan.py --model FOLDER --context instructions --context-file FILE --prompts FILE
+    python notebooks/plan.py --card 24 ...          on a card of 24 GB; if not, which flags to turn
+
+All flags are those of train.py. It reads the files, counts tokens, and computes from shapes alone; on
+the CPU the peak is within a quarter of what is measured (tests/test_plan.py). With --card, --dtype auto
+is bf16, as on a card that has it, wherever this runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import contexts
+from contexts import BadInput, Task, reading, seeded, student_prompt, teacher_prompt
+from model import GPTConfig, read_config, resolve_device
+from train import METHODS, Config, comparison, parse, spelled
+
+PARTS = (
+    "weights teacher base gradients optimizer activations logits scoring casts generation".split()
+)
+SPARE = 1.0  # GB for the program itself (CUDA's kernels, fragments); beside it a tenth of the peak
+# What to turn when it does not fit, the harmless ones first: the first three change no result.
+ADVICE = [
+    {"chunk": 32},
+    {"checkpointing": True},
+    {"micro_batch": 4},
+    {"micro_batch": 1},
+    {"lora": 16},
+    {"batch": 4},
+    {"batch": 1},
+]
+
+
+def matrices(c: GPTConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of one block, (in, out) each."""
+    D, Q, K, F = c.d_model, c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.d_ff
+    shapes = {"q": (D, Q), "k": (D, K), "v": (D, K), "out": (Q, D), "up": (D, F), "down": (F, D)}
+    return shapes | ({"gate": (D, F)} if c.mlp == "swiglu" else {})
+
+
+def plan(
+    cfg: Config,
+    c: GPTConfig,
+    dtype: torch.dtype,
+    prompt: int,
+    teacher_prompt: int,
+    common: int = 0,
+    shared: int = 0,
+) -> dict[str, float]:
+    """What a step holds, in bytes by part, and the peak. `cfg` is resolved; `dtype` is autocast's.
+
+    `prompt`, `teacher_prompt`: the longest, in tokens, without what is read once for all rows:
+    `common` of the student's, `shared` of the teacher's.
+
+    Activations are what autograd keeps of the student's pass. At the peak they stand beside weights,
+    teacher and moments, with the teacher's pass or the logits (start of the backward pass), or are
+    replaced by the gradients (its end)."""
+    D, E, H, K, F = c.d_model, c.head_dim, c.n_head, c.n_kv_head, c.d_ff
+    N, V, new = c.n_layer, c.vocab_size, cfg.max_new_tokens
+    shapes = matrices(c).values()
+    n, in_blocks = c.n_params(), N * sum(a * b for a, b in shapes)
+    adapters = cfg.lora * N * sum(a + b for a, b in shapes)
+    trained = adapters or n
+    low, mixed = dtype.itemsize, dtype != torch.float32
+    frozen = low * in_blocks + 4 * (n - in_blocks)  # as low_precision_ leaves it
+
+    largest = max(cfg.batch - cfg.n_anchors, cfg.n_anchors)  # the task's rows, or the anchors
+    rows = min(cfg.micro_batch or largest, largest)
+    tokens, scored = common + rows * (prompt + new), rows * new
+    # One block, bytes per token: fp32 norms and residuals; the inputs of the matrix products;
+    # q, k, v and attention; the MLP.
+    norms, inputs = 4 * 4 * D, low * D * (5 if mixed else 2)
+    attention, mlp = low * (3 * H * E + 2 * K * E), low * F * (4 if c.mlp == "swiglu" else 2)
+    block = tokens * (norms + inputs + attention + mlp)
+    if common:  # with gradient every row has a copy of the common beginning's keys and values
+        block += rows * (common + prompt + new) * 2 * K * E * low
+
+    # Without gradient one block's temporaries remain: the scores over all slots, and the MLP.
+    def reading_once(rows: int, own: int, before: int) -> int:
+        scores = 3 * low * H * (before + own) if before else 0
+        return rows * own * (4 * 4 * D + 3 * low * F + scores)
+
+    generating = 2 * cfg.batch  # evaluation answers this many prompts at once
+    cache = 2 * low * N * K * E * (shared + generating * (teacher_prompt + new))
+    sizes = {
+        "weights": (frozen if adapters else 4 * n) + 4 * adapters,
+        "teacher": {"frozen": 0, "ema": 4 * n, "live": 0}[cfg.teacher],
+        "base": 0 if adapters else frozen,  # it is the frozen teacher; with adapters it is shared
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "activations": N * tokens * 4 * D + block if cfg.checkpointing else N * block,
+        "logits": 4 * V * 6 * min(cfg.chunk or scored, scored) + (0 if adapters else 4 * V * D),
+        "scoring": reading_once(rows, teacher_prompt + new, shared),
+        # autocast's copies of the fp32 weights; the head's for student and teacher
+        "casts": mixed * 2 * ((0 if adapters else in_blocks) + 2 * V * D),
+        "generation": cache + reading_once(generating, teacher_prompt, shared),
+    }
+    if METHODS[cfg.method].minimised != "divergence" and not cfg.n_anchors:
+        sizes["scoring"] = 0
+    fixed = sum(sizes[part] for part in ("weights", "teacher", "base", "optimizer"))
+    accumulated = sizes["gradients"] if rows < cfg.batch else 0
+    forward = sizes["activations"] + max(sizes["logits"], sizes["scoring"]) + accumulated
+    moving = max(forward, sizes["gradients"], sizes["generation"])
+    counts = {"parameters": n + adapters, "trained": trained}
+    counts["tokens a step"] = common + cfg.batch * (prompt + new)
+    return sizes | {"peak": fixed + sizes["casts"] + moving} | counts
+
+
+def lengths(task: Task) -> dict[str, int]:
+    """Of held-out prompts and some 500 to train on: the longest, and what all of them begin with."""
+    examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
+    examples += [e for suite in task.probes.values() for e in suite]
+    students = [student_prompt(task.chat, e) for e in examples]
+    teachers = [teacher_prompt(task.chat, e) for e in examples]
+    common, shared = len(os.path.commonprefix(students)), len(task.shared)
+    return {
+        "prompt": max(map(len, students)) - common,
+        "teacher_prompt": max(map(len, teachers)) - shared,
+        "common": common,
+        "shared": shared,
+    }
+
+
+def with_experts(cfg: Config, task: Task) -> Config:
+    """Where an expert writes, the longest of its answers is what counts."""
+    if "expert" not in METHODS[cfg.method].writer:
+        return cfg
+    examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
+    written = max(len(task.chat.encode(e.expert)) + 1 for e in examples)
+    return replace(cfg, max_new_tokens=max(cfg.max_new_tokens, written))
+
+
+def gigabytes(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict) -> float:
+    return plan(cfg, c, dtype, **counted)["peak"] / 1e9
+
+
+def fits(peak: float, card: float) -> bool:
+    return 1.1 * peak + SPARE <= card
+
+
+def advice(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: float) -> str:
+    """The flags that make it fit, tried one after the other; those that do not help are left out."""
+    peak, said = gigabytes(cfg, c, dtype, counted), {}
+    for change in ADVICE:
+        ((name, value),) = change.items()
+        changed = replace(cfg, **change)
+        if name != "checkpointing" and 0 < getattr(cfg, name) <= value:
+            continue  # it is set as low already
+        lower = gigabytes(changed, c, dtype, counted)
+        if lower > 0.99 * peak:
+            continue
+        cfg, peak, said[name] = changed, lower, "" if value is True else f" {value}"
+        if fits(peak, card):
+            flags = " ".join(spelled(name) + value for name, value in said.items())
+            return f"It does not fit {card:g} GB. With {flags} it does: peak {peak:.2f} GB."
+    return (
+        f"It does not fit {card:g} GB, whatever is turned (at least {peak:.2f}): a smaller model."
+    )
+
+
+def show(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: float | None) -> str:
+    """The plan in words."""
+    p = plan(cfg, c, dtype, **counted)
+    prompt, in_context = counted["prompt"] + counted["common"], counted["teacher_prompt"]
+    sizes = ", ".join(f"{part} {p[part] / 1e9:.2f}" for part in PARTS)
+    lines = [
+        f"{cfg.method}: {p['parameters'] / 1e6:.1f} M parameters, {p['trained'] / 1e6:.2f} M of them "
+        f"trained; {cfg.steps} steps of {cfg.batch} prompts, autocast {str(dtype)[6:]}",
+        f"tokens: prompt {prompt} ({counted['common']} common to all, read once), with context "
+        f"{in_context + counted['shared']} ({counted['shared']} read once), answer "
+        f"{cfg.max_new_tokens}; the student's pass has at most {p['tokens a step']} a step",
+        f"memory, estimated, GB: {sizes}",
+        f"peak {p['peak'] / 1e9:.2f} GB, and the program itself",
+    ]
+    if card and fits(p["peak"] / 1e9, card):
+        lines.append(f"It fits {card:g} GB (a tenth and {SPARE:g} GB are kept spare).")
+    elif card:
+        lines.append(advice(cfg, c, dtype, counted, card))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--card", type=float, help="its memory in GB")
+    given, rest = own.parse_known_args(argv)
+    try:
+        cfg = parse(rest)
+        if not cfg.model:
+            raise BadInput("--model FOLDER is missing; the built-in world fits anywhere")
+        with reading(f"--model {cfg.model}"):
+            shape = read_config(cfg.model)
+            chat = contexts.open_chat(cfg.model, shape.vocab_size)
+        dtype = torch.bfloat16
+        if cfg.dtype != "auto" or not given.card:
+            dtype = resolve_device(cfg.device, cfg.dtype)[1]
+        for each in comparison(cfg):
+            task = contexts.file_task(each, chat, shape.max_len)
+            print(show(with_experts(each, task), shape, dtype, lengths(task), given.card))
+        return 0
+    except (BadInput, OSError) as error:
+        print(f"plan.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
