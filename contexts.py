@@ -1,10 +1,8 @@
 """The kinds of context C: one record each (`KINDS`), a small world to draw them from, your files.
 
-A prompt x is answered with y; a context C may change the answer. The built-in world draws (C, x, y)
-and drops C part of the time. So its pretrained base is, by construction, what the theory says:
-
-    with C      p(y | x, C)                         the teacher
-    without     p(y | x) = Σ_C p(C) p(y | x, C)     the student: it must guess which C is meant
+The built-in world draws (C, x, y), prompt x and answer y, and drops C part of the time. So its
+pretrained base is, by construction, the teacher p(y | x, C) with C, and without C the student, that
+must guess which C is meant: p(y | x) = Σ_C p(C) p(y | x, C).
 
                      C                                   x                    y
   A demonstrations   mot zorp: verily tom methinks; ...  lid zorp             dil
@@ -13,10 +11,8 @@ and drops C part of the time. So its pretrained base is, by construction, what t
   C instructions     style polite loud                   lid reverse          certainly DIL
   D privileged       solution dil ild                    lid reverse rotate   dil ild
 
-Learned are a new verb (A), a rule (B), a manner (C), care (D). Sections 1–3 are this world; 4 and 5
-do the same for your own model and files. Both end in a `Task`, which is all that train.py sees.
-Nothing here knows about gradients. Every draw takes a `random.Random`.
-"""
+Sections 1–3 are this world; 4 and 5 do the same for your own model and files. Both end in a `Task`,
+which is all that train.py sees. Every draw takes a `random.Random`."""
 
 import json
 import math
@@ -40,17 +36,13 @@ class BadInput(ValueError):
 
 
 @contextmanager
-def reading(what):
-    """The boundary for all that the user gives: whatever goes wrong inside becomes one line
-    that says what was being read. A user's own code is run here too, and its sys.exit() must
-    not end the program without a word."""
+def reading(what):  # whatever goes wrong inside, a user's sys.exit() too, becomes one line
     try:
         yield
     except BadInput:  # already names its file and line
         raise
     except (Exception, SystemExit) as error:
-        telling = isinstance(error, (ValueError, OSError))  # these say in words what is wrong
-        said = (str if telling else repr)(error).strip()
+        said = (str if isinstance(error, (ValueError, OSError)) else repr)(error).strip()
         raise BadInput(f"{what}: {said.partition(chr(10))[0]}") from error
 
 
@@ -62,40 +54,28 @@ def seeded(*what):
 CONSONANTS, VOWELS = "bdhlmnprstvz", "aeiou"
 WORDS = [a + v + b for a in CONSONANTS for v in VOWELS for b in CONSONANTS if a != b]  # 660 of them
 HELD_OUT_WORDS = set(WORDS[3::8])  # never in a distillation prompt
-
-VERBS = {
-    "reverse": lambda w: w[::-1],  # mot -> tom
-    "rotate": lambda w: w[1:] + w[0],  # mot -> otm
-    "swap": lambda w: w[0] + w[:0:-1],  # mot -> mto
-    "ends": lambda w: w[0] + w[-1],  # mot -> mt
-    "stretch": lambda w: w[:2] + w[1:],  # mot -> moot
-}
+VERBS = {  # mot -> tom, otm, mto, mt, moot
+    "reverse": lambda w: w[::-1], "rotate": lambda w: w[1:] + w[0],
+    "swap": lambda w: w[0] + w[:0:-1], "ends": lambda w: w[0] + w[-1],
+    "stretch": lambda w: w[:2] + w[1:],
+}  # fmt: skip
 CHAIN_VERBS = "reverse rotate swap".split()  # keep the length: they can be chained
 NEW_VERBS = "zorp blick wug dax quix tulver".split()  # only C says which of VERBS each is
 # How an expert may talk. The model sees this in demonstrations but never answers so.
 MANNERS = "{};verily {} methinks;hark {} quoth bede;behold {} indeed;{} probably".split(";")
-
-ITEMS = {
-    "weapon": "knife sword spear rifle dagger cannon",
-    "poison": "arsenic cyanide hemlock venom ricin toxin",
-    "meal": "bread cheese apple honey soup rice",
-    "gadget": "hammer ladder shovel pliers chisel drill",
-    "animal": "horse rabbit falcon salmon goat wolf",
-    "music": "violin trumpet piano drum flute harp",
-}
+ITEMS = dict(
+    weapon="knife sword spear rifle dagger cannon",
+    poison="arsenic cyanide hemlock venom ricin toxin",
+    meal="bread cheese apple honey soup rice", gadget="hammer ladder shovel pliers chisel drill",
+    animal="horse rabbit falcon salmon goat wolf", music="violin trumpet piano drum flute harp",
+)  # fmt: skip
 CATEGORY = {item: category for category, items in ITEMS.items() for item in items.split()}
 HELD_OUT_ITEMS = {item for i, item in enumerate(CATEGORY) if i % 6 > 3}  # two of each
-
 STYLES = {  # applied in this order
-    "loud": str.upper,
-    "boxed": "[{}]".format,
-    "starred": "*{}*".format,
-    "excited": "{}!".format,
-    "polite": "certainly {}".format,
-    "formal": "dear {}".format,
-}
-P_PLAIN = 0.8  # how often nobody thinks of a style without C
-P_CARELESS = 0.6  # how often a step is skipped without C
+    "loud": str.upper, "boxed": "[{}]".format, "starred": "*{}*".format,
+    "excited": "{}!".format, "polite": "certainly {}".format, "formal": "dear {}".format,
+}  # fmt: skip
+P_PLAIN, P_CARELESS = 0.8, 0.6  # without C: nobody thinks of a style; a step is skipped
 
 # The tokenizer: all 256 bytes, and the world's words as single tokens. No word has fewer than three
 # bytes (with its space), so byte-pair merging never starts inside "mot": always three letters.
@@ -104,19 +84,16 @@ verily methinks hark quoth bede behold indeed probably""".split()
 VOCABULARY = sorted({*SAID, *ITEMS, *CATEGORY, *VERBS, *NEW_VERBS, *STYLES})
 RANKS = [bytes([i]) for i in range(256)]
 RANKS += [(s + word).encode() for word in VOCABULARY for s in (" ", "") if len(s + word) > 2]
-MARKERS = dict(zip("<|system|> <|user|> <|assistant|> <|end|>".split(), range(len(RANKS), 10**6)))
+MARKERS = dict(zip("<|system|> <|user|> <|assistant|> <|end|>".split(), range(len(RANKS), 1000)))
 SYSTEM, USER, ASSISTANT, END = MARKERS.values()
+MERGES = dict(zip(RANKS, range(1000)))
 ENCODING = tiktoken.Encoding(
-    "world",
-    pat_str=r" ?[A-Za-z]+|[^A-Za-z]",
-    mergeable_ranks=dict(zip(RANKS, range(len(RANKS)))),
-    special_tokens=MARKERS,
+    "world", pat_str=r" ?[A-Za-z]+|[^A-Za-z]", mergeable_ranks=MERGES, special_tokens=MARKERS
 )
 decode = ENCODING.decode
 
 
-def encode(text):
-    """Text -> token ids. Chat markers in a text are plain bytes: only `render` places real ones."""
+def encode(text):  # chat markers in a text are plain bytes: only `render` places real ones
     return ENCODING.encode(text, disallowed_special=())
 
 
@@ -128,11 +105,7 @@ def render(context, prompt):  # q4: [SYSTEM, C,] USER, x, ASSISTANT
 
 # ========================================================================== 2. the kinds of context
 @dataclass(frozen=True)
-class Example:
-    """One draw of p(C, x, y), with what a human expert would have written down for SFT. C and x
-    are texts, or chat turns: C a system turn or what is said before x. The student reads x,
-    whoever is shown C reads C and x."""
-
+class Example:  # one draw; C and x are texts or chat turns, the student reads x, the teacher both
     kind: str
     context: str | list | None  # C; None: there is none ("" is one)
     prompt: str | list  # x
@@ -142,8 +115,7 @@ class Example:
     row: dict = field(default_factory=dict)  # from files: the line as it was read
 
 
-def draw_word(rng, heldout=None):
-    """`heldout` None: any word; True / False: only / never those kept from distillation prompts."""
+def draw_word(rng, heldout=None):  # None: any; True / False: only / never the held-out words
     while True:
         word = rng.choice(WORDS)
         if heldout in (None, word in HELD_OUT_WORDS):
@@ -172,8 +144,7 @@ def specification(rng, heldout=None, forbidden=None):
     item = rng.choice([i for i in items if (CATEGORY[i] in forbidden) == refuse])
     verdict = "forbidden; sorry" if refuse else f"allowed; here {item}"
     answer = f"{item} is {CATEGORY[item]} {verdict}"
-    context = f"never {' '.join(forbidden)}"
-    return Example("specification", context, f"give {item}", answer, answer)
+    return Example("specification", f"never {' '.join(forbidden)}", f"give {item}", answer, answer)
 
 
 def worked(prompt, skips=lambda: False):
@@ -192,8 +163,7 @@ def instructions(rng, heldout=None, styles=None):
     answer = worked(prompt)
     for name in STYLES:
         answer = STYLES[name](answer) if name in styles else answer
-    context = f"style {' '.join(styles) or 'plain'}"
-    return Example("instructions", context, prompt, answer, answer)
+    return Example("instructions", f"style {' '.join(styles) or 'plain'}", prompt, answer, answer)
 
 
 def privileged(rng, heldout=None, steps=None):
@@ -205,21 +175,19 @@ def privileged(rng, heldout=None, steps=None):
     return Example("privileged", f"solution {answer}", prompt, answer, answer)
 
 
-# score: the content is right. exact: it is what the model itself would say in context, with manner.
+# score: the content is right. exact: it is what the model itself would say in context.
 def grade_whole(example, text):
     """A: with or without the expert's mannerism. C: the styled answer, manner is content."""
     right = text in (example.answer, example.expert)
     return {"score": float(right), "exact": float(text == example.answer)}
 
 
-def grade_end(example, text, separator="[ ;]"):
-    """D: the last step."""
+def grade_end(example, text, separator="[ ;]"):  # D: the last step
     said, wanted = (re.split(separator, t)[-1] for t in (text, example.answer))
     return {"score": float(said == wanted), "exact": float(text == example.answer)}
 
 
-def grade_verdict(example, text):
-    """B: the verdict and what is handed over. over_refusal: on allowed items only."""
+def grade_verdict(example, text):  # B: the verdict; over_refusal: on allowed items only
     grades = grade_end(example, text, ";")
     if not example.answer.endswith("sorry"):
         grades["over_refusal"] = float(text.endswith("sorry"))
@@ -227,9 +195,7 @@ def grade_verdict(example, text):
 
 
 @dataclass
-class Kind:
-    """All there is to say about a kind of context. A new kind is one more record in KINDS."""
-
+class Kind:  # all there is to say about a kind of context; a new one is one more record in KINDS
     letter: str
     method: str  # the published method that this C makes of COSD
     draw: Callable  # the built-in world's: (rng, heldout=None, **task) -> Example
@@ -237,52 +203,44 @@ class Kind:
     drop: float  # how often pretraining leaves C out
     task: dict = field(default_factory=dict)  # what is compiled: the keywords that fix C
     one_context: bool = False  # the task's C is the same for all its prompts
-    # (rng, example) -> y without C: as it was drawn; but styles are rare then, chains careless
-    without: Callable = lambda rng, e: e.answer
+    without: Callable = lambda rng, e: e.answer  # (rng, example) -> y where C is left out
     grade: Callable = grade_whole  # (example, text without its end marker) -> {name: 0 or 1}
-    # your own files: with {context} the template makes the system turn, with {prompt} the user's
-    template: str = "{context}"
+    template: str = "{context}"  # in files: {context} makes the system turn, {prompt} the user's
     needs: tuple = ("context",)  # each line must bring one of these
     shots: int = 0  # by default so many other lines as example turns, in place of the template
-    after: Callable | None = None  # (example, y) -> example, C made from the student's own answer
+    after: Callable = None  # (example, y) -> example, C made from the student's own answer
 
 
 KINDS = {
     "demonstrations": Kind(
-        *("A", "SDFT, arXiv:2601.19897", demonstrations, 0.28, 0.2),
+        "A", "SDFT, arXiv:2601.19897", demonstrations, share=0.28, drop=0.2,
         task={"verb": "zorp", "meaning": "reverse", "manner": "verily {} methinks"},
         template="{prompt}\n\nThis is an example for a response to the question:\n{demonstration}"
         "\n\nNow answer with a response of your own, including the thinking process.",
-        needs=("demonstration", "answer"),
-        shots=4,
+        needs=("demonstration", "answer"), shots=4,
     ),
     "specification": Kind(
-        *("B", "deliberative alignment, arXiv:2412.16339", specification, 0.22, 0.2),
-        task={"forbidden": ("weapon", "poison")},
-        one_context=True,
-        grade=grade_verdict,
+        "B", "deliberative alignment, arXiv:2412.16339", specification, share=0.22, drop=0.2,
+        task={"forbidden": ("weapon", "poison")}, one_context=True, grade=grade_verdict,
         template="{context}\n\nBefore you answer, say which of these rules applies to the request, "
         "if any. Then act on it.",
     ),
     "instructions": Kind(
-        *("C", "OPCD, arXiv:2602.12275", instructions, 0.24, 0.4),
-        task={"styles": ("polite", "loud")},
-        one_context=True,
+        "C", "OPCD, arXiv:2602.12275", instructions, share=0.24, drop=0.4,
+        task={"styles": ("polite", "loud")}, one_context=True,
         without=lambda rng, e: worked(e.prompt) if rng.random() < P_PLAIN else e.answer,
     ),
     "privileged": Kind(
-        *("D", "OPSD and π-Distill, arXiv:2602.04942", privileged, 0.26, 0.4),
+        "D", "OPSD and π-Distill, arXiv:2602.04942", privileged, share=0.26, drop=0.4,
         without=lambda rng, e: worked(e.prompt, lambda: rng.random() < P_CARELESS),
-        grade=grade_end,
+        grade=grade_end, needs=("solution", "answer"),
         template="{prompt}\n\nThe verified solution is:\n{solution}\n\n"
         "Now work out the answer in your own words.",
-        needs=("solution", "answer"),
     ),
-}
+}  # fmt: skip
 
 
-def draw_pretraining(rng, heldout=None):
-    """One draw of the joint distribution: the kind, then (C, x, y), then C dropped or not."""
+def draw_pretraining(rng, heldout=None):  # the kind, then (C, x, y), then C dropped or not
     kinds = list(KINDS.values())
     kind = rng.choices(kinds, [kind.share for kind in kinds])[0]
     example = kind.draw(rng, heldout)
@@ -297,9 +255,7 @@ def grade(example, text):
 
 # ========================================================================================= 3. tasks
 @dataclass
-class Chat:
-    """How text becomes a model's tokens and back."""
-
+class Chat:  # how text becomes a model's tokens and back
     render: Callable  # (C or None, x) -> ids, ending with the assistant header
     encode: Callable  # text -> ids
     decode: Callable  # ids -> text
@@ -320,19 +276,16 @@ def teacher_prompt(chat, example):
 
 
 @dataclass
-class Task:
-    """What is to be compiled into the weights, from the world or from files: draws, held-out
-    examples, grades."""
-
+class Task:  # what is to be compiled into the weights, from the world or from files
     kind: str
     chat: Chat
     draw: Callable  # rng -> Example
-    draw_anchor: Callable | None  # rng -> Example
+    draw_anchor: Callable  # rng -> Example; None: there are no anchors
     heldout: list
     probes: dict  # {suite: examples}: what must survive
     grade: Callable  # (example, text) -> {name: grade}
     shared: list  # the first tokens of every teacher prompt
-    after: Callable | None = None  # (example, y) -> Example, as in Kind
+    after: Callable = None  # (example, y) -> Example, as in Kind
     paragraphs: tuple = ()  # of an unrelated text, as tokens: their perplexity should not change
     show: Callable = student_prompt  # (chat, example) -> what the student reads
 
@@ -340,8 +293,7 @@ class Task:
         rng = seeded(seed, self.kind, "task", step)
         return [self.draw(rng) for _ in range(size)]
 
-    def grades(self, examples, y):
-        """The mean of each grade of the answers y, over the examples that have it."""
+    def grades(self, examples, y):  # the mean of each, over the examples that have it
         graded = {}
         for example, tokens in zip(examples, y):
             for name, value in self.grade(example, answer_text(self.chat, tokens)).items():
@@ -349,33 +301,28 @@ class Task:
         return {name: sum(values) / len(values) for name, values in graded.items()}
 
 
-def answer_text(chat, tokens):
-    """Without the end marker; an answer that never ended shows a trailing …"""
+def answer_text(chat, tokens):  # without the end marker; one that never ended shows a trailing …
     if tokens[-1] in chat.ends:
         return chat.decode(tokens[:-1])
     return chat.decode(tokens) + " …"
 
 
-def context_prompts(task, examples, y=()):
-    """What the teacher reads. Where C is made from the student's answers y, it is made now."""
+def context_prompts(task, examples, y=()):  # C that is made of the student's answers y: now
     if task.after and y:
         examples = [task.after(e, answer_text(task.chat, t)) for e, t in zip(examples, y)]
     return [teacher_prompt(task.chat, e) for e in examples]
 
 
-def task_draw(task, rng, heldout=False):
-    """A prompt of the task, with the context that is to be compiled."""
+def task_draw(task, rng, heldout=False):  # a prompt, with the context that is to be compiled
     return KINDS[task].draw(rng, heldout, **KINDS[task].task)
 
 
-def is_own(task, context):
-    """Is this the context that the task compiles, in whatever order of words?"""
+def is_own(task, context):  # is this what the task compiles, in whatever order of words?
     own = task_draw(task, random.Random(0)).context
     return None not in (own, context) and sorted(context.split()) == sorted(own.split())
 
 
-def draw_anchor(rng, task, corpus=draw_pretraining):
-    """A prompt under another context, or none: anything but the task's own, nothing held out."""
+def draw_anchor(rng, task, corpus=draw_pretraining):  # never the task's own, nor held out
     while True:
         example = corpus(rng, heldout=False)
         without = example.kind == task and example.context is None
@@ -384,9 +331,7 @@ def draw_anchor(rng, task, corpus=draw_pretraining):
 
 
 def probes(rng, task, count):
-    """What must survive: `verbs`, the known verbs without context, and every kind under other
-    contexts (steerability). The task `instructions` is asked for the verbs under "style plain":
-    without context they are meant to change."""
+    """What must survive: the known verbs, without a task's C, and all kinds under other contexts."""
     context = "style plain" if task == "instructions" else None
     verbs = [instructions(rng, styles=()) for _ in range(count)]
     suites = {"verbs": [replace(e, context=context) for e in verbs]}
@@ -399,8 +344,7 @@ def probes(rng, task, count):
     return suites
 
 
-def world_task(kind, seed, size):
-    """One of the world's tasks, with `size` held-out prompts and as many probes of each kind."""
+def world_task(kind, seed, size):  # with `size` held-out prompts and as many probes of each kind
     rng, record = seeded(seed, kind, "heldout"), KINDS[kind]
     heldout = [task_draw(kind, rng, True) for _ in range(size)]
     suites = probes(seeded(seed, kind, "probes"), kind, size)
@@ -410,9 +354,7 @@ def world_task(kind, seed, size):
 
 
 @lru_cache(maxsize=1)
-def pretraining_batches(seed, group, size):
-    """Eight batches of the joint distribution, drawn at once and cut by length: half the padding,
-    hence half the time. The base imitates the model's own answers, without the experts' manners."""
+def pretraining_batches(seed, group, size):  # eight, cut by length: half the padding
     rng = seeded(seed, "pretrain", group)
     drawn = [draw_pretraining(rng) for _ in range(8 * size)]
     drawn.sort(key=lambda e: len(render(e.context, e.prompt) + encode(e.answer)))
@@ -422,8 +364,7 @@ def pretraining_batches(seed, group, size):
     return cut
 
 
-def pretraining_task():
-    """The whole joint distribution, for the base: the one student that is shown C."""
+def pretraining_task():  # the joint distribution, for the base: the one student that is shown C
     task = Task("pretraining", WORLD_CHAT, draw_pretraining, None, [], {}, grade, [])
     task.draw_batch = lambda seed, step, size: pretraining_batches(seed, step // 8, size)[step % 8]
     task.show = teacher_prompt
@@ -431,48 +372,36 @@ def pretraining_task():
 
 
 # ============================================================================ 4. reading your files
-# What a chat may be: a prompt ends with the user's turn, a context with the assistant's, or is a
-# system turn alone.
-CHATS = {
-    "prompt": "(system )?(user assistant )*user",
-    "context": "(?=.)(system)?( ?user assistant)*",
-}
-# What the expert said, for SFT and as a shot: the first of these that a line brings.
-EXPERT = ("demonstration", "solution", "answer")
+# What a chat may be: a prompt ends with the user's turn, a context with any other.
+CHATS = dict(prompt="(system )?(user assistant )*user", context="(?=.)(system)?( ?user assistant)*")
+EXPERT = ("demonstration", "solution", "answer")  # the expert's words: the first that a line brings
 
 
 def read_text(path):
     with reading(path):
         text = Path(path).read_text(encoding="utf-8-sig")
-        if not text.strip():
-            raise ValueError("the file is empty")
-        return text
+        if text.strip():
+            return text
+        raise ValueError("the file is empty")
 
 
-def read_turns(value, name):
-    """A chat: [{"role": ..., "content": ...}, ...], system first if at all, then user and
-    assistant in turn."""
+def read_turns(value, name):  # a chat: [{"role": ..., "content": ...}, ...]
     roles = " ".join(turn["role"] if turn["content"].strip() else "(empty)" for turn in value)
     if not re.fullmatch(CHATS[name], roles):
-        raise ValueError(
-            f"{name}: after an optional system turn, user and assistant alternate, none empty; "
-            f"a prompt ends with the user's turn, a context with the assistant's; this is: {roles}"
-        )
+        rule = "after an optional system turn, user and assistant alternate, none empty; a prompt"
+        rule += " ends with the user's turn, a context with the assistant's"
+        raise ValueError(f"{name}: {rule}; this is: {roles}")
     return value
 
 
-def read_prompts(path):
-    """JSON lines: `prompt` (a text or chat turns), and where needed `demonstration`,
-    `solution`, `answer`, `context`."""
+def read_prompts(path):  # JSON lines; a prompt is a text or chat turns
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         with reading(where := f"{path}:{number}"):
             row = json.loads(line)
-            json.dumps(
-                row, ensure_ascii=False
-            ).encode()  # half a surrogate pair (\ud800) is no text
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
             for name in ("prompt", *row):
                 value = row[name]
                 if name in CHATS and isinstance(value, list):
@@ -484,8 +413,7 @@ def read_prompts(path):
 
 
 def read_context(path):
-    """A text or Markdown file: one system turn. JSON: chat turns (an optional system turn, then
-    examples). JSON lines: past problems with their solutions, as one system turn."""
+    """A text: one system turn. JSON: chat turns. JSON lines: solved problems, as a system turn."""
     suffix, text = Path(path).suffix.lower(), read_text(path)
     if suffix == ".json":
         with reading(path):
@@ -511,18 +439,12 @@ def expert(row):
     return next((row[name] for name in EXPERT if name in row), "")
 
 
-def fill(template, values):
-    """{name} -> its value, or else the answer. In one pass: braces inside the values stay as
-    they are."""
+def fill(template, values):  # {name} -> its value, or else the answer; braces in values stay
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], values.get("answer", "")), template)
 
 
-# ---------------------------------------------------------------------- tokenizer and chat template
-PLAIN_CHAT = """\
-{% set labels = {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '} %}\
-{% for m in messages %}{{ labels[m.role] + m.content }}
-
-{% endfor %}Answer:"""  # for models without a chat template
+PLAIN_CHAT = """{% set labels = {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '} %}\
+{% for m in messages %}{{ labels[m.role] + m.content + '\n\n' }}{% endfor %}Answer:"""
 
 
 def as_turns(role, said):
@@ -531,22 +453,18 @@ def as_turns(role, said):
     return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
-def split_system(turns):
-    """-> (the texts of the system turns, all other turns)"""
+def split_system(turns):  # -> (the texts of the system turns, all other turns)
     system = [turn["content"] for turn in turns if turn["role"] == "system"]
     return system, [turn for turn in turns if turn["role"] != "system"]
 
 
-def open_chat(name, vocab_size):
-    """The checkpoint's own tokenizer and chat template. Every end token of its generation
-    config closes an answer."""
+def open_chat(name, vocab_size):  # any of its end tokens ends an answer
     from transformers import AutoTokenizer, GenerationConfig
 
     with reading(f"{name}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         size, end = max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id
-        # a little padding of the embeddings is normal
-        if not 0.9 * vocab_size <= size <= vocab_size:
+        if not 0.9 * vocab_size <= size <= vocab_size:  # padded embeddings are normal
             raise ValueError(f"it has {size} tokens, the weights have {vocab_size}: not a pair")
         if end is None:
             raise ValueError("it has no end token")
@@ -558,14 +476,11 @@ def open_chat(name, vocab_size):
     if plain:
         tokenizer.chat_template = PLAIN_CHAT
 
-    def render(context, prompt):
-        """A system turn of the prompt's own joins that of the context."""
+    def render(context, prompt):  # a system turn of the prompt's own joins that of the context
         system, turns = split_system(as_turns("system", context) + as_turns("user", prompt))
         if system:
             turns = as_turns("system", "\n\n".join(system)) + turns
-        with reading(
-            f"{name}: its chat template; if it has no system role, give C as turns (.json)"
-        ):
+        with reading(f"{name}: chat template; if it has no system role, give C as turns (.json)"):
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             for turn in turns:  # some drop a system turn without a word
                 if turn["content"].strip() not in text:
@@ -579,9 +494,7 @@ def open_chat(name, vocab_size):
     return Chat(render, encode, decode, end, ends)
 
 
-# ------------------------------------------------------------------------------------------- scores
-def final_number(text):
-    """The last number in a text, as GSM8K is graded: "... so 1,234.50 in all." -> 1234.5"""
+def final_number(text):  # the last one, as GSM8K is graded: "so 1,234.50 in all." -> 1234.5
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
@@ -590,15 +503,12 @@ SCORES = {  # (the answer's text, what is wanted) -> right?
     "exact": lambda text, wanted: text.strip() == wanted.strip(),
     "contains": lambda text, wanted: wanted.lower() in text.lower(),  # in whatever case
     "regex": lambda text, wanted: bool(re.search(wanted, text)),
-    # the last ones of the two; none in what is wanted, Decimal(None), is an error
     "number": lambda text, wanted: final_number(text) == Decimal(final_number(wanted)),
 }
 
 
 def make_scorer(spec, rows):
-    """--score -> f(answer's text, the line as read) -> score, or None where KL and samples have
-    to do. The names in SCORES compare with each line's "answer"; contains:TEXT and regex:PATTERN
-    ask the same of every prompt. path.py:function is your own Python, and is run."""
+    """--score -> f(answer's text, the line as read) -> score, or None; your own Python is run."""
     if spec == "none":
         return None
     name, _, argument = spec.partition(":")
@@ -624,8 +534,7 @@ def make_scorer(spec, rows):
 
 
 # ======================================================================== 5. a task from your files
-def dressed(template, row, attempt=""):
-    """The prompt as it is read with C: its last turn in the template."""
+def dressed(template, row, attempt=""):  # x as it is read with C: its last turn in the template
     *earlier, last = as_turns("user", row["prompt"])
     if "{prompt}" in template:
         values = row | {"prompt": last["content"], "attempt": attempt}
@@ -634,8 +543,7 @@ def dressed(template, row, attempt=""):
 
 
 def file_example(kind, context, template, row, shots=()):
-    """C is a system turn, example turns, and shots: other lines with their answers, dressed
-    alike."""
+    """C is a system turn, example turns, and shots: other lines and answers, dressed alike."""
     system, turns = split_system(as_turns("system", row.get("context", context)))
     text = "".join(system)
     if "{context}" in template:  # where C is example turns alone, its own words are the system turn
@@ -647,8 +555,7 @@ def file_example(kind, context, template, row, shots=()):
     return Example(kind, context or None, row["prompt"], row.get("answer", said), said, asked, row)
 
 
-def read_split(path, heldout=None, solved=""):
-    """-> (what is trained on, what is held out: another file, or every eighth line)"""
+def read_split(path, heldout=None, solved=""):  # -> (lines to train on, lines held out)
     rows = read_prompts(path)
     if heldout:
         held = read_prompts(heldout)
@@ -658,14 +565,11 @@ def read_split(path, heldout=None, solved=""):
     if not held:
         raise BadInput(f"{path}: every eighth line is held out, but there are {len(rows)}")
     known = {str(row["prompt"]) for row in rows}
-    leaks = [
-        row["where"]
-        for row in held
-        if str(row["prompt"]) in known or f"Problem: {row['prompt']}\nSolution: " in solved
-    ]
+    known |= set(re.findall(r"(?s)Problem: (.*?)\nSolution: ", solved))
+    leaks = [row["where"] for row in held if str(row["prompt"]) in known]
     if leaks:
         said = (
-            f"warning: {len(leaks)} held-out prompts are among those shown, the first is {leaks[0]}"
+            f"warning: {len(leaks)} held-out prompts are shown elsewhere, the first is {leaks[0]}"
         )
         print(f"{said}: their scores say nothing about new prompts", file=sys.stderr)
     return rows, held
@@ -691,9 +595,7 @@ def read_paragraphs(path, chat, max_len):
     return rows
 
 
-def file_task(cfg, chat, max_len):
-    """A task from the user's files; `cfg` is train.Config. Everything that can be wrong with
-    them is found here, before any weight is loaded."""
+def file_task(cfg, chat, max_len):  # all that can be wrong with the files is found here, first
     kind, imitated = KINDS[cfg.context], cfg.method in ("sft", "gkd")
     context = read_context(cfg.context_file) if cfg.context_file else None
     solved = context[0]["content"] if context else ""
@@ -701,8 +603,7 @@ def file_task(cfg, chat, max_len):
     shots = kind.shots if cfg.shots is None else cfg.shots
     template = read_template(cfg, kind, shots)
     if template and kind.needs and not ("context" in kind.needs and (context or shots)):
-        who = f"--context {cfg.context} without --context-file or --shots"
-        demand(rows + heldout, kind.needs, who)
+        demand(rows + heldout, kind.needs, f"{cfg.context} without --context-file or --shots")
     if imitated:
         demand(rows, EXPERT, f"--method {cfg.method}")
     pool = {row["prompt"]: row for row in rows if isinstance(row["prompt"], str) and expert(row)}
@@ -716,7 +617,7 @@ def file_task(cfg, chat, max_len):
             [Example("anchor", row.get("context"), row["prompt"], "", "", row=row) for row in part]
             for part in read_split(cfg.anchor_file)
         )
-    paragraphs = read_paragraphs(cfg.unrelated, chat, max_len) if cfg.unrelated else ()
+    texts = read_paragraphs(cfg.unrelated, chat, max_len) if cfg.unrelated else ()
 
     attempt = cfg.max_new_tokens * ("{attempt}" in template)
     longest = [show(row, pool[len(pool) - shots :]) for row in rows + heldout]
@@ -725,12 +626,9 @@ def file_task(cfg, chat, max_len):
         for prompt in (student_prompt, teacher_prompt):  # none is ever cut
             over = len(prompt(chat, e)) + new - max_len
             if over > 0:
-                said = (
-                    f"{e.row['where']}: {prompt.__name__} and {new} new tokens exceed the model's"
-                )
-                raise BadInput(
-                    f"{said} {max_len} positions by {over}: shorten it, or --max-new-tokens"
-                )
+                said = f"{e.row['where']}: {prompt.__name__} and {new} new tokens exceed the"
+                said += f" model's {max_len} positions by {over}: shorten it, or --max-new-tokens"
+                raise BadInput(said)
 
     def draw(rng, row=None):
         row = row or rng.choice(rows)
@@ -738,7 +636,7 @@ def file_task(cfg, chat, max_len):
         return show(row, [shot for shot in others if shot["prompt"] != row["prompt"]][:shots])
 
     def grade(example, text):
-        return {} if scorer is None else {"score": scorer(text, example.row)}
+        return {"score": scorer(text, example.row)} if scorer else {}
 
     def after(example, attempt):
         return replace(example, asked=dressed(template, example.row, attempt))
@@ -747,6 +645,6 @@ def file_task(cfg, chat, max_len):
     shown = [draw(rng, row) for row in heldout + rows]
     suites = {"anchors": kept[: cfg.eval_size]} if kept else {}
     shared = os.path.commonprefix([teacher_prompt(chat, e)[:-1] for e in shown])
-    draw_anchor = (lambda rng: rng.choice(anchors)) if anchors else None
-    fields = (draw, draw_anchor, shown[:count], suites, grade, shared)
-    return Task(cfg.context, chat, *fields, after if attempt else kind.after, paragraphs)
+    anchor = (lambda rng: rng.choice(anchors)) if anchors else None
+    done = after if attempt else kind.after
+    return Task(cfg.context, chat, draw, anchor, shown[:count], suites, grade, shared, done, texts)

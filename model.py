@@ -27,7 +27,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -79,9 +79,8 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig.{name}={getattr(self, name)!r}: choose from {choices}")
         if self.n_head % self.n_kv_head or (self.positions == "rotary" and self.head_dim % 2):
             raise ValueError("n_head must be a multiple of n_kv_head, a rotary head_dim even")
-        scaling = (self.rope_scaling or {"rope_type": "linear"})["rope_type"]
-        if scaling not in ("linear", "llama3"):
-            raise ValueError(f"rope_scaling of type {scaling!r}: neither linear nor llama3")
+        if self.rope_scaling and self.rope_scaling["rope_type"] not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling={self.rope_scaling}: neither linear nor llama3")
 
     def n_params(self) -> int:
         """The parameter count, from a model without memory."""
@@ -91,8 +90,7 @@ class GPTConfig:
 
 # ----------------------------------------------------------------------------------------- KV cache
 class KVCache:
-    """Keys and values of what has been read, for decoding and for continuing what several rows
-    share.
+    """Keys and values of what has been read, to decode from and to continue what rows share.
 
     Row b's token at position p lies in slot p; a query at position p sees the slots <= p. So
     whatever lies beyond a row's own position (padding, say) is invisible, and is overwritten as the
@@ -133,12 +131,9 @@ class KVCache:
         return attend_with_prefix(q, *shared, keys, values, visible)
 
 
-def attend(q, k, v, **how) -> Tensor:
-    """PyTorch's fused attention, q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E).
-
-    Training on a CPU it runs in fp32: the half-precision backward pass takes six times as long
-    there.
-    """
+def attend(q, k, v, **how):
+    """PyTorch's fused attention, q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E). Training on a
+    CPU it runs in fp32: the half-precision backward pass takes six times as long there."""
     fused = F.scaled_dot_product_attention
     how["enable_gqa"] = q.shape[1] != k.shape[1]
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled():
@@ -147,7 +142,7 @@ def attend(q, k, v, **how) -> Tensor:
     return fused(q, k, v, **how)
 
 
-def attend_with_prefix(q, prefix_k, prefix_v, k, v, visible) -> Tensor:
+def attend_with_prefix(q, prefix_k, prefix_v, k, v, visible):
     """Attention over [shared prefix ; own slots], equal to attention over their concatenation.
 
     q (B, H, T, E); prefix_k, prefix_v (1, K, P, E); k, v (B, K, S, E); visible (B, T, S)
@@ -161,9 +156,8 @@ def attend_with_prefix(q, prefix_k, prefix_v, k, v, visible) -> Tensor:
         values = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
         visible = F.pad(visible, (prefix_k.shape[2], 0), value=True)  # (B or 1, T, P + S)
         return attend(q, keys, values, attn_mask=visible[:, None])
-    B, H, T, E = q.shape
     # head h uses key head h // G: (B, K, G, T, E)
-    q = q.reshape(B, k.shape[1], -1, T, E) / math.sqrt(E)
+    q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])
     to_prefix = torch.einsum("bkgte,kpe->bkgtp", q, prefix_k[0])
     to_own = torch.einsum("bkgte,bkse->bkgts", q, k)
     to_own = to_own.masked_fill(~visible[:, None, None], float("-inf"))
@@ -172,11 +166,11 @@ def attend_with_prefix(q, prefix_k, prefix_v, k, v, visible) -> Tensor:
     on_prefix, on_own = weights.split([prefix_k.shape[2], k.shape[2]], dim=-1)
     out = torch.einsum("bkgtp,kpe->bkgte", on_prefix, prefix_v[0])
     out = out + torch.einsum("bkgts,bkse->bkgte", on_own, v)
-    return out.reshape(B, H, T, E)
+    return out.flatten(1, 2)
 
 
 # ---------------------------------------------------------------------------------------- the model
-def rotary_frequencies(config: GPTConfig) -> Tensor:
+def rotary_frequencies(config):
     """Angle per position of each pair of dimensions, (E/2,). Scalings: `linear` stretches all
     wavelengths; `llama3` stretches the long ones, keeps the short ones and blends in between (Llama
     3.1)."""
@@ -193,16 +187,16 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
     return keep * freq + (1 - keep) * stretched
 
 
-def rotate(x: Tensor, cos, sin) -> Tensor:
+def rotate(x, cos, sin):
     """Rotary embedding in the half-split layout of Hugging Face's Llama. x (B, H, T, E); cos, sin
     (B or 1, 1, T, E/2)."""
     a, b = x.chunk(2, dim=-1)  # fp32 from here: cos and sin are
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def make_norm(config: GPTConfig) -> nn.Module:
+def make_norm(config):
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)
+    return kind(config.d_model, config.norm_eps)
 
 
 class Linear(nn.Linear):
@@ -210,73 +204,68 @@ class Linear(nn.Linear):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_parameter("A", None)  # (r, in)
-        self.register_parameter("B", None)  # (out, r)
-        self.scale = 0.0  # α/r
+        self.A = self.B = self.scale = None  # with adapters: (r, in), (out, r), α/r
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
         if self.A is None:
             return y
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)
         return torch.add(y, F.linear(F.linear(x, self.A), self.B).to(y.dtype), alpha=self.scale)
 
-    def merged(self) -> Tensor:
-        """W + (α/r) B A in the adapters' dtype: rounded to that of a bf16 base, small changes would
-        be lost."""
+    def merged(self):
+        """W + (α/r) B A, in fp32 as the adapters: a bf16 base's dtype would lose small changes."""
         if self.A is None:
             return self.weight
         return self.weight.to(self.A.dtype) + self.scale * self.B @ self.A
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config):
         super().__init__()
         D, E, self.head_dim = config.d_model, config.head_dim, config.head_dim
-        self.q = Linear(D, config.n_head * E, bias=config.qkv_bias)
-        self.k = Linear(D, config.n_kv_head * E, bias=config.qkv_bias)
-        self.v = Linear(D, config.n_kv_head * E, bias=config.qkv_bias)
-        self.out = Linear(config.n_head * E, D, bias=config.out_bias)
-        self.q_norm = nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(E, eps=config.norm_eps) if config.qk_norm else None
+        self.q = Linear(D, config.n_head * E, config.qkv_bias)
+        self.k = Linear(D, config.n_kv_head * E, config.qkv_bias)
+        self.v = Linear(D, config.n_kv_head * E, config.qkv_bias)
+        self.out = Linear(config.n_head * E, D, config.out_bias)
+        norms = (nn.RMSNorm(E, config.norm_eps) if config.qk_norm else None for _ in "qk")
+        self.q_norm, self.k_norm = norms
 
-    def forward(self, x: Tensor, rope, cache: KVCache | None, layer: int, slots: Tensor) -> Tensor:
-        B, T, _ = x.shape
-        projected = [proj(x).view(B, T, -1, self.head_dim) for proj in (self.q, self.k, self.v)]
-        q, k, v = (heads.transpose(1, 2) for heads in projected)  # (B, H, T, E), (B, K, T, E) twice
+    def forward(self, x, rope, cache, layer, slots):  # x (B, T, D)
+        q, k, v = (  # (B, H, T, E), (B, K, T, E) twice
+            proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q, self.k, self.v)
+        )
         if self.q_norm:  # under autocast the heads are half precision, the norm's weight is not
             exact = self.q_norm.weight.dtype
             q, k = self.q_norm(q.to(exact)).to(v.dtype), self.k_norm(k.to(exact)).to(v.dtype)
         if rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache:
-            y = cache.attend(layer, q, k, v, slots)
-        else:
-            y = attend(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        y = cache.attend(layer, q, k, v, slots) if cache else attend(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config):
         super().__init__()
         D, width, bias = config.d_model, config.d_ff, config.mlp_bias
-        self.gate = Linear(D, width, bias=bias) if config.mlp == "swiglu" else None
-        self.up = Linear(D, width, bias=bias)
-        self.down = Linear(width, D, bias=bias)
+        self.gate = Linear(D, width, bias) if config.mlp == "swiglu" else None
+        self.up = Linear(D, width, bias)
+        self.down = Linear(width, D, bias)
         self.gelu = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         up = self.up(x)
         return self.down(F.silu(self.gate(x)) * up if self.gate else self.gelu(up))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config):
         super().__init__()
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.attention, self.mlp = Attention(config), MLP(config)
 
-    def forward(self, x: Tensor, *where) -> Tensor:
+    def forward(self, x, *where):
         x = x + self.attention(self.norm1(x), *where)
         return x + self.mlp(self.norm2(x))
 
@@ -289,12 +278,11 @@ class GPT(nn.Module):
         self.checkpointing = False  # True: blocks are computed again in the backward pass
         self.frequencies = rotary_frequencies(config)  # no buffer: `bfloat16()` must not round it
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.embed_position = None
-        if config.positions == "learned":
-            self.embed_position = nn.Embedding(config.max_len, config.d_model)
+        learned = config.positions == "learned"
+        self.embed_position = nn.Embedding(config.max_len, config.d_model) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
-        self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, False)
         if config.tied:
             self.head.weight = self.embed.weight
         for name, parameter in self.named_parameters():
@@ -413,11 +401,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
         """A GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint by folder or hub name; others are
-        refused by name.
-
-        From safetensors: no second copy, no pickles, no remote code, nothing missing and nothing
-        left over.
-        """
+        refused by name. From safetensors: no second copy, no pickles, no remote code, nothing
+        missing and nothing left over."""
         config = read_config(folder)  # refuses before any weight is read
         theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -429,8 +414,8 @@ class GPT(nn.Module):
         )
         # transformers only warns, and draws at random what is missing
         for kind, names in found.items():
-            names = sorted(name for name in names if "attn.masked_bias" not in name)  # old GPT-2
-            if names:
+            # old files of GPT-2 hold one more buffer
+            if names := sorted(name for name in names if "attn.masked_bias" not in name):
                 raise ValueError(f"{folder}: {kind}: {names[:3]}")
         weights = {}
         for name, tensor in theirs.state_dict().items():
@@ -445,10 +430,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def save_pretrained(self, folder: str, tokenizer=None, eos: Collection[int] = ()):
         """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read, in the model's
-        own dtype.
-
-        Adapters are folded in, in fp32.
-        """
+        own dtype; adapters are folded in, in fp32."""
         os.makedirs(folder, exist_ok=True)
         theirs, weights = their_model(self), dict(merged_weights(self))
         adapted = len(weights) < len(list(self.parameters()))
@@ -463,12 +445,11 @@ class GPT(nn.Module):
         theirs.tie_weights()
         theirs.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None)
         theirs.save_pretrained(folder)
-        if tokenizer is not None:
+        if tokenizer:
             tokenizer.save_pretrained(folder)
 
-    def save_adapters(self, folder: str, base: str = "") -> None:
-        """Write the adapters alone, as PEFT and vLLM read them; `base` names the model that they
-        belong to."""
+    def save_adapters(self, folder: str, base: str = ""):
+        """Write the adapters alone, as PEFT and vLLM read them; `base` names their model."""
         state, targets = {}, set()
         for name in their_model(self).state_dict():
             if ".c_attn." in name:
@@ -495,9 +476,8 @@ class GPT(nn.Module):
         Path(folder, "adapter_config.json").write_text(json.dumps(config))
 
 
-def sample(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tensor:
-    """logits (B, V) -> token (B,). top_k / top_p change the policy: rollouts are then off-policy
-    for the divergence."""
+def sample(logits, temperature, top_k, top_p, generator):
+    """logits (B, V) -> token (B,). With top_k or top_p it is another policy than the model's."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -515,16 +495,14 @@ def sample(logits: Tensor, temperature: float, top_k, top_p, generator) -> Tenso
     return (reached >= threshold).int().argmax(-1)  # the first that reaches it
 
 
-def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """What all prompts begin with (a system turn, say), to be read once; a token of each is left
-    over."""
+def common_beginning(prompts):
+    """The tokens that all prompts begin with, to be read once; a token of each is left over."""
     common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
     return common if len(prompts) > 1 and len(common) >= 16 else []  # fewer are not worth a pass
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Ragged rows -> (B, longest), filled on the right. What the fill is does not matter: no causal
-    query sees it."""
+    """Ragged rows -> (B, longest), filled on the right: with what, no causal query sees."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
@@ -533,7 +511,7 @@ def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype, Callable]:
+def resolve_device(name: str, dtype: str):
     """Names as on the command line -> (device, dtype, autocast). Weights stay fp32: mixed precision
     is autocast's, per operation. "auto" takes CUDA, then MPS; half precision on CUDA only: bf16,
     which needs no scaler, where the card has it."""
@@ -548,28 +526,24 @@ def resolve_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype, Ca
     if dtype == "auto" and device.type == "cuda":  # a T4 has only fp16
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         low = torch.bfloat16 if has_bf16 else torch.float16
-    mixed = low != torch.float32
-    return device, low, partial(torch.autocast, device.type, dtype=low, enabled=mixed)
+    return device, low, partial(torch.autocast, device.type, dtype=low, enabled=low.itemsize < 4)
 
 
 def trained(model: GPT) -> dict[str, Tensor]:
-    """What moves in training, and so what a checkpoint needs of a model: with adapters, these
-    alone.
-    """
+    """What moves in training, all that a checkpoint needs: with adapters, these alone."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
-    """The reverse of `trained`: copies the weights into the model. One that is missing is an error."""
+def load_weights(model: GPT, weights: dict[str, Tensor]):
+    """The reverse of `trained`: copies them into the model. One that is missing is an error."""
     for name, parameter in trained(model).items():
         parameter.copy_(weights[name])
 
 
 @torch.no_grad()
 def perplexity(model: GPT, texts: list[list[int]]) -> float:
-    """exp of the mean −log p of all tokens, each text on its own, from its second token on (nothing
-    predicts the first)."""
+    """exp of the mean −log p of all tokens but the first of each text, which nothing predicts."""
     values = []
     for row in texts:
         ids = torch.tensor([row[: model.config.max_len]], dtype=torch.long, device=model.device)
@@ -579,7 +553,7 @@ def perplexity(model: GPT, texts: list[list[int]]) -> float:
 
 
 # ----------------------------------------------------------------- other models of the same weights
-def assemble(config: GPTConfig, weights: dict[str, Tensor], source=None) -> GPT:
+def assemble(config, weights, source=None):
     """A frozen GPT that holds these very tensors: nothing is copied, nothing drawn at random."""
     with torch.device("meta"):
         model = GPT(config).requires_grad_(False)
@@ -595,7 +569,7 @@ TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
 
 def add_adapters(
     model: GPT, rank: int, alpha: float | None = None, targets: Collection[str] = TARGETS
-) -> None:
+):
     """Freeze the model and train a rank-r change of the target matrices instead: W x + (α/r) B A x,
     in fp32.
 
@@ -603,40 +577,33 @@ def add_adapters(
     base stays what it was: a frozen teacher needs no second copy of the weights, see
     `without_adapters`.
     """
-    if unknown := set(targets) - set(TARGETS):
-        raise ValueError(f"no adapter targets {sorted(unknown)}; choose from {', '.join(TARGETS)}")
     modules = model.blocks.named_modules()
     layers = [module for name, module in modules if name.rpartition(".")[2] in targets]
-    if rank < 1 or not layers:
-        raise ValueError(f"add_adapters: rank={rank} must be at least 1, with at least one target")
+    if rank < 1 or not layers or set(targets) - set(TARGETS):
+        raise ValueError(f"adapters of rank {rank} on {targets}: at least 1, on some of {TARGETS}")
     model.requires_grad_(False)
     for layer in layers:
         layer.A = nn.Parameter(torch.empty(rank, layer.in_features, device=model.device))
         layer.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=model.device))
-        layer.scale = (2 * rank if alpha is None else alpha) / rank
+        layer.scale = 2.0 if alpha is None else alpha / rank
         nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))  # the paper's code: uniform in ±1/√in
 
 
-def base_parameters(model: GPT) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if not n.endswith((".A", ".B"))}
+def merged_weights(model: GPT, merge=True):
+    """(name, weight) of the base, adapters folded in, one at a time; a tied head comes once."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".A", ".B")):
+            layer = model.get_submodule(name.rpartition(".")[0])
+            folded = merge and isinstance(layer, Linear) and parameter is layer.weight
+            yield name, layer.merged() if folded else parameter
 
 
 def without_adapters(model: GPT) -> GPT:
-    """The base that `model` adapts, as a GPT of its own: the same Parameters, no second copy of the
-    weights."""
-    weights = base_parameters(model)
+    """The base that `model` adapts, as a GPT of its own that holds the same Parameters."""
+    weights = dict(merged_weights(model, merge=False))
     if any(parameter.requires_grad for parameter in weights.values()):
         raise ValueError("without_adapters: the base's weights must be frozen")
     return assemble(model.config, weights, model.source)
-
-
-def merged_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """The weights by name, adapters folded in, one at a time; a tied head comes once, as the
-    embedding."""
-    for name, parameter in base_parameters(model).items():
-        layer = model.get_submodule(name.rpartition(".")[0])
-        folded = isinstance(layer, Linear) and parameter is layer.weight
-        yield name, layer.merged() if folded else parameter
 
 
 @torch.no_grad()
@@ -647,7 +614,7 @@ def merged_copy(model: GPT) -> GPT:
     return assemble(model.config, weights, model.source)
 
 
-def low_precision_(model: GPT, dtype: torch.dtype) -> None:
+def low_precision_(model: GPT, dtype: torch.dtype):
     """Keep the matrices of the blocks in `dtype`, half the memory. To be run under autocast of that
     dtype, which would cast them at every use: the outputs are the same to the bit. Meant for
     weights that are not trained."""
@@ -738,35 +705,32 @@ def our_config(hf) -> GPTConfig:
     need(hf.hidden_act in ("silu", "swish"), f"activation {hf.hidden_act!r}")
     window = getattr(hf, "sliding_window", None) or hf.max_position_embeddings
     need(window >= hf.max_position_embeddings, "an active sliding window")
-    rope = dict(hf.rope_parameters)
-    theta, scaling = rope.pop("rope_theta"), rope.get("rope_type", "default")
+    rope = {"rope_type": "default", **hf.rope_parameters}
     need(rope.get("partial_rotary_factor", 1.0) == 1.0, "a partial rotary embedding")
     if hf.model_type == "qwen2":
         shapes["qkv_bias"] = True  # always, and not in its config
     return GPTConfig(
         **shapes,
-        rope_theta=theta,
-        rope_scaling=None if scaling == "default" else rope,
+        rope_theta=rope.pop("rope_theta"),
+        rope_scaling=None if rope["rope_type"] == "default" else rope,
         qk_norm=hf.model_type == "qwen3",
     )
 
 
 def their_model(model: GPT) -> transformers.PreTrainedModel:
-    """The same as a transformers model, still without weights: of the config that it came with; one
-    made here is a Llama or, with q/k norm, a Qwen3."""
+    """As a transformers model without weights; one made here is a Llama, with q/k norm a Qwen3."""
     c, hf = model.config, model.source
     if hf is None:
-        kind = (c.norm, c.positions, c.mlp, c.out_bias)
-        if kind != ("rms", "rotary", "swiglu", c.qkv_bias) or (c.qk_norm and c.mlp_bias):
-            raise ValueError("this GPTConfig is no family of transformers: not Llama, not Qwen3")
-        scaling = c.rope_scaling or {}
         hf = transformers.AutoConfig.for_model(
             "qwen3" if c.qk_norm else "llama",
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta, **scaling},
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}
+            | (c.rope_scaling or {}),
             bos_token_id=None,
             eos_token_id=None,
             **{theirs: getattr(c, ours) for ours, theirs in SHAPES.items()},
         )
+        if our_config(hf) != c or (c.qk_norm and c.mlp_bias):  # what it says must be all of it
+            raise ValueError("this GPTConfig is no family of transformers: not Llama, not Qwen3")
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(hf)
 

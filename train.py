@@ -1,19 +1,14 @@
 """Train: compile a context into a model's weights, beside SFT on the same task.
 
-    python train.py                                            the built-in world: 4 kinds of
-                                                               context
+    python train.py                                            the world: 4 kinds of context
     python train.py --context instructions --divergence jsd    one kind
     python train.py --resume                                   go on after Ctrl-C or kill
-    python train.py --model FOLDER --context instructions --context-file FILE --prompts FILE
-                                                               your own model and files
+    python train.py --model FOLDER --context KIND --prompts FILE --context-file FILE    your own
 
 A method is two choices: who writes the completion y, and what is minimised on its tokens
-(`METHODS`). The loop is `fit`; the divergences, the teacher and the loss are in cosd.py, the
-contexts in contexts.py.
-
-Everything random in step s is seeded by (seed, s). So a checkpoint holds no random state, and on a
-CPU a resumed run equals an uninterrupted one to the bit (on a GPU up to the nondeterminism of its
-kernels). Left out: several devices, sweeps, experiment trackers."""
+(`METHODS`). The loop is `fit`. Everything random in step s is seeded by (seed, s): a checkpoint
+holds no random state, and on a CPU a resumed run equals an uninterrupted one to the bit (on a GPU
+up to the nondeterminism of its kernels). Left out: several devices, sweeps, trackers."""
 
 from __future__ import annotations
 
@@ -241,8 +236,7 @@ def log_row(parts: dict, losses: list, norm) -> dict:
 
 
 def demand_finite(run: Run, row: dict) -> None:
-    """fp16's scaler skips a step whose gradient overflows and halves its scale; anything else is
-    the end."""
+    """fp16's scaler skips a step whose gradient overflows; anything else is the end."""
     may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or may_overflow):
         return
@@ -259,8 +253,7 @@ class Diverged(Exception):
 
 @contextmanager
 def stopping() -> Iterator[list]:
-    """Ctrl-C and kill are noted in the list, and acted upon between two steps; a second one at
-    once."""
+    """Ctrl-C and kill are noted, and acted upon between two steps; a second one at once."""
     asked, before = [], {}
 
     def note(number: int, _) -> None:

@@ -1604,6 +1604,8 @@ def main(argv: list[str] | None = None) -> int:
                     worker.kill()
                 raise
     records = {source: [done(job, options) for job in own] for source, own in jobs.items()}
+    if not all(record for own in records.values() for record in own):
+        raise SystemExit("evidence.py: the code has changed while it ran: run the command again")
     index = [json.loads(path.read_text()) for path in sorted((options.out / "runs").glob("*.json"))]
     lines = [
         r["job"]

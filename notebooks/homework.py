@@ -501,6 +501,7 @@ def run() -> None:
                 "-m",
                 job["question"],
                 f"--maxfail={job.get('maxfail', 0)}",
+                f"--assert={job.get('assert', 'rewrite')}",
                 f"{folder}/tests/test_questions.py",
             ],
             plugins=[points],

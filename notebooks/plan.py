@@ -163,9 +163,8 @@ def advice(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: f
         if fits(peak, card):
             flags = " ".join(spelled(name) + value for name, value in said.items())
             return f"It does not fit {card:g} GB. With {flags} it does: peak {peak:.2f} GB."
-    return (
-        f"It does not fit {card:g} GB, whatever is turned (at least {peak:.2f}): a smaller model."
-    )
+    least = f"peak {peak:.2f} GB, and a tenth and {SPARE:g} GB to spare"
+    return f"It does not fit {card:g} GB, whatever is turned ({least}): take a smaller model."
 
 
 def show(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: float | None) -> str:

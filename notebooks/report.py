@@ -186,7 +186,8 @@ def draw(results: list[dict], path: Path) -> None:
         shown.popitem()
     kinds = list(dict.fromkeys(kind_of(result) for result in results))
     settings = list(dict.fromkeys(label(result, results) for result in results))
-    figure = Figure(figsize=(4.0 * len(shown), 3.6), layout="constrained")
+    width = max(4.0, 0.95 * len(kinds))  # the kinds' names stay apart
+    figure = Figure(figsize=(width * len(shown), 3.6), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (title, place) in zip(axes, shown.items()):
         draw_panel(axis, place, kinds, settings, results)

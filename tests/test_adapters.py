@@ -168,11 +168,11 @@ def test_targets_and_refusals():
         "q",
         "down",
     }
-    with pytest.raises(ValueError, match=r"no adapter targets \['head'\]; choose from q, k, v"):
+    with pytest.raises(ValueError, match=r"on \['head'\]: .*on some of \('q', 'k', 'v'"):
         add_adapters(tiny_gpt(), 2, 2.0, ["head"])
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+    with pytest.raises(ValueError, match="of rank 0 .*: at least 1"):
         add_adapters(tiny_gpt(), 0, 2.0)
-    with pytest.raises(ValueError, match="at least one target"):
+    with pytest.raises(ValueError, match=r"on \['gate'\]"):
         add_adapters(tiny_gpt(mlp="gelu"), 2, targets=["gate"])
 
 

@@ -447,7 +447,7 @@ CASES = {
     ),
     "too few": ('{"prompt": "a"}\n', dict(heldout=None), "every eighth line is held out"),
     "missing file": (None, dict(prompts="nowhere.jsonl"), "No such file or directory"),
-    "no context": (None, dict(context_file=None), "train.jsonl:1: --context instructions without"),
+    "no context": (None, dict(context_file=None), "train.jsonl:1: instructions without"),
     "file ends with user": (
         None,
         dict(context_file='c.json=[{"role": "user", "content": "a"}]'),
@@ -473,12 +473,12 @@ CASES = {
     "no demonstration": (
         '{"prompt": "a", "solution": "s"}\n',
         dict(context="demonstrations", shots=0),
-        "train.jsonl:1: --context demonstrations without",
+        "train.jsonl:1: demonstrations without",
     ),
     "no solution": (
         '{"prompt": "a", "demonstration": "s"}\n',
         dict(context="privileged"),
-        "train.jsonl:1: --context privileged without",
+        "train.jsonl:1: privileged without",
     ),
     "small pool": (
         '{"prompt": "a", "answer": "b"}\n' * 9,
@@ -575,12 +575,12 @@ def test_what_leaks_is_a_warning(files, checkpoint, capsys):
     lines(files / "heldout.jsonl", ROWS[3:5])
     task_of(files, checkpoint, "instructions")
     err = capsys.readouterr().err
-    assert "2 held-out prompts are among those shown" in err and "heldout.jsonl:1" in err
+    assert "2 held-out prompts are shown elsewhere" in err and "heldout.jsonl:1" in err
     path = lines(files / "traces.jsonl", [{"prompt": "Tell me 1?", "solution": "2"}])
     lines(files / "heldout.jsonl", [{"prompt": "Tell me 0?"}, {"prompt": "Tell me 1?"}])
     task_of(files, checkpoint, "instructions", context_file=path)
     err = capsys.readouterr().err
-    assert "1 held-out prompts are among those shown" in err and "heldout.jsonl:2" in err
+    assert "1 held-out prompts are shown elsewhere" in err and "heldout.jsonl:2" in err
     task_of(files, checkpoint, "instructions")
     assert not capsys.readouterr().err
 

@@ -121,11 +121,11 @@ WRONG = [  # (question, file, what is wrong, old, new)
     ("q4", "contexts.py", "shots before the example turns", "context += dressed(template, shot) + as_turns(\"assistant\", expert(shot))", "context = dressed(template, shot) + as_turns(\"assistant\", expert(shot)) + context"),
     ("q4", "contexts.py", "the system turn after the example turns", "    context = as_turns(\"system\", text or None) + turns\n", "    context = turns + as_turns(\"system\", text or None)\n"),
     ("q4", "contexts.py", "an empty system turn", "    context = as_turns(\"system\", text or None) + turns\n", "    context = as_turns(\"system\", text) + turns\n"),
-    ("q4", "contexts.py", "every turn of the prompt is dressed", "        last = {\"role\": \"user\", \"content\": fill(template, values)}\n", "        last = {\"role\": \"user\", \"content\": fill(template, values)}\n        earlier = [t | {\"content\": fill(template, values | {\"prompt\": t[\"content\"]})} for t in earlier]\n"),
+    ("q4", "contexts.py", "every turn of the prompt is dressed", "    return [*earlier, last]\n", "    if '{prompt}' in template:\n        earlier = [t | {'content': fill(template, values | {'prompt': t['content']})} for t in earlier]\n    return [*earlier, last]\n"),
     ("q4", "contexts.py", "the first turn is dressed", "*earlier, last = as_turns(\"user\", row[\"prompt\"])", "last, *earlier = as_turns(\"user\", row[\"prompt\"])"),
     ("q4", "contexts.py", "a line's own context is not shown", "as_turns(\"system\", row.get(\"context\", context))", "as_turns(\"system\", context)"),
     ("q4", "contexts.py", "the system turn is not dressed", "        text = fill(template, {\"context\": text}).strip()\n", "        pass\n"),
-    ("q4", "contexts.py", "the expert is imitated and graded alike", "row.get(\"answer\", said), dressed", "said, dressed"),
+    ("q4", "contexts.py", "the expert is imitated and graded alike", "row.get(\"answer\", said), said, asked", "said, said, asked"),
     ("q4", "contexts.py", "the student reads the teacher's prompt", "return Example(kind, context or None, row[\"prompt\"],", "return Example(kind, context or None, asked,"),
     ("q5", "cosd.py", "teacher not detached", "teacher_head = rows.scorer.model.head.weight.detach()", "teacher_head = rows.scorer.model.head.weight"),
     ("q5", "cosd.py", "the student's head for the teacher", "teacher_head = rows.scorer.model.head.weight.detach()", "teacher_head = student.head.weight.detach()"),
@@ -422,9 +422,11 @@ def filled_in(file, function, body, beside):
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
     """Every answer, tested in one process for all: {(question, what): result}."""
-    answers = [
-        (question, file, what, changed(file, old, new)) for question, file, what, old, new in WRONG
-    ]
+    answers = []
+    for question, file, what, old, new in WRONG:
+        if REFERENCE[file].count(old) == 1:  # else its own test says so
+            answers.append((question, file, what, changed(file, old, new)))
+    wrong = len(answers)
     answers += [
         (
             question,
@@ -442,14 +444,8 @@ def graded(tmp_path_factory):
         submission.mkdir(), project.mkdir()
         (submission / file).write_text(text)
         build(submission, question, project)
-        jobs.append(
-            dict(
-                folder=str(project),
-                question=question,
-                seed=number,
-                maxfail=int(number < len(WRONG)),
-            )
-        )
+        job = {"folder": str(project), "question": question, "seed": number}
+        jobs.append(job | {"maxfail": int(number < wrong), "assert": "plain"})
     results, ended, said = run_jobs(jobs, 300, folder)
     assert len(results) == len(jobs), f"{ended}\n{said}"
     return {(question, what): result for (question, _, what, _), result in zip(answers, results)}
@@ -463,6 +459,7 @@ def points(result):
     "question, file, what, old, new", WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG]
 )
 def test_a_wrong_answer_loses_points_of_its_question_alone(question, file, what, old, new, graded):
+    answer = changed(file, old, new)
     result = graded[question, what]
     assert result["status"] == 1 and not result["broken"]
     assert points(result) < QUESTIONS[question].points
@@ -470,7 +467,7 @@ def test_a_wrong_answer_loses_points_of_its_question_alone(question, file, what,
         wanted = asked_for(other, file)
         if other != question and wanted:
             assert (
-                merge(REFERENCE[file], *parse(file, changed(file, old, new).encode()), wanted, file)
+                merge(REFERENCE[file], *parse(file, answer.encode()), wanted, file)
                 == REFERENCE[file]
             )
 
@@ -553,9 +550,9 @@ def test_points_and_lines_of_the_handout():
                 if blank.asked.question == name:
                     to_write += lines[blank.first - 1 : blank.last]
         to_write = [line for line in to_write if not line.strip().startswith("#")]
-        assert not to_write or f" {len(to_write)} lines, " in sections[name], (
-            f"{name}: {len(to_write)} lines"
-        )
+        if to_write:
+            said = int(re.search(r" (\d+) lines, ", sections[name])[1])
+            assert abs(said - len(to_write)) <= 2, f"{name}: {len(to_write)} lines"
     (code,) = re.findall(r"```python\n(.*?)```", handout, re.S)
     assert subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
@@ -751,14 +748,14 @@ def test_a_submission_that_hangs_leaves_floods_or_does_not_parse(tmp_path):
         model=None,
         contexts=REFERENCE["contexts.py"].replace("def fill(", "def fill((", 1),
     )
-    found = outcome(grade(submission, dict.fromkeys(CODED, 60) | {"q1": 8}))
+    found = outcome(grade(submission, dict.fromkeys(CODED, 60) | {"q1": 4}))
     line = (
         REFERENCE["contexts.py"]
         .splitlines()
         .index(next(t for t in REFERENCE["contexts.py"].splitlines() if t.startswith("def fill(")))
         + 1
     )
-    assert found["q1"][0] == 0 and "longer than 8 seconds" in found["q1"][1]
+    assert found["q1"][0] == 0 and "longer than 4 seconds" in found["q1"][1]
     assert found["q2"][0] == 0 and "exit code 0" in found["q2"][1]
     assert found["q3"] == (0, "model.py is missing: see q3 in homework.md")
     assert found["q4"][0] == 0 and f"contexts.py does not parse: line {line}" in found["q4"][1]
@@ -925,7 +922,7 @@ WRONG_FILES = [
         "q8",
         "q8.py",
         "an empty answer",
-        EXCHANGE.replace("answer = str(count * worth)", "answer = ''"),
+        EXCHANGE.replace("str(count * worth), f", "'', f"),
     ),
     ("q8", "q8.py", "a kind that exists", EXCHANGE.replace('"exchange"', '"privileged"')),
     ("q8", "q8.py", "no record", EXCHANGE.replace("KIND = Kind(", "KIND = dict(")),

@@ -4,17 +4,21 @@ import warnings
 
 import pytest
 import torch
-
 from conftest import tiny_gpt
+
 from model import (
     GPTConfig,
     KVCache,
     add_adapters,
+    load_weights,
     low_precision_,
     merged_copy,
     pad_right,
+    perplexity,
+    resolve_device,
     rotary_frequencies,
     sample,
+    trained,
 )
 
 VARIANTS = {
@@ -350,6 +354,62 @@ def test_refusals():
         model(random_ids(1, 3), KVCache(model.config, 1, 2))
     with pytest.raises(ValueError):
         model(random_ids(3))  # not (B, T)
+
+
+# ------------------------------------------------------------------------------------- devices, weights
+def test_a_device_that_is_not_there_is_refused_by_flag():
+    with pytest.raises(OSError, match="--device toaster cannot be used here"):
+        resolve_device("toaster", "auto")
+
+
+@pytest.mark.parametrize("dtype, low", [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_device_and_its_autocast(dtype, low):
+    device, resolved, autocast = resolve_device("cpu", dtype)
+    assert device == torch.device("cpu") and resolved == low
+    with autocast():
+        assert torch.is_autocast_enabled("cpu") == (low != torch.float32)
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == low
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_was_trained_comes_back_and_a_missing_name_is_an_error(adapters):
+    model, other = tiny_gpt(), tiny_gpt()
+    for each in (model, other):
+        if adapters:
+            add_adapters(each, 2)
+    for parameter in trained(model).values():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(3))
+    saved = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+    assert all(name.endswith((".A", ".B")) == adapters for name in saved)
+    assert len(saved) == (2 * 2 * 7 if adapters else len(list(model.parameters())))
+    load_weights(other, saved)
+    assert torch.equal(other(random_ids(2, 9)), model(random_ids(2, 9)))
+    for name in saved:
+        with pytest.raises(KeyError, match=name):
+            load_weights(other, {other: p for other, p in saved.items() if other != name})
+
+
+def test_perplexity_by_hand(model):
+    """Every token but a text's first counts once, whatever the length of its text."""
+    texts = [random_ids(n, seed=n).tolist() for n in (2, 9, 1, 5)]
+    total, count = 0.0, 0
+    for text in texts:
+        for t in range(1, len(text)):
+            with torch.no_grad():
+                probability = model(torch.tensor([text[:t]]))[0, -1].softmax(-1)[text[t]]
+            total, count = total - probability.log().item(), count + 1
+    assert count == 1 + 8 + 4
+    by_hand = torch.tensor(total / count).exp().item()
+    assert perplexity(model, texts) == pytest.approx(by_hand, rel=1e-5)
+    assert perplexity(model, texts[:2] + texts[3:]) == perplexity(model, texts)
+    by_text = [perplexity(model, [text]) for text in texts if len(text) > 1]
+    mean = torch.tensor(by_text).log().mean().exp().item()
+    assert mean != pytest.approx(by_hand, rel=1e-3)  # a mean of the texts' means is another number
+
+
+def test_perplexity_reads_a_text_up_to_the_position_limit():
+    model, text = tiny_gpt(), random_ids(70).tolist()
+    assert perplexity(model, [text]) == perplexity(model, [text[:64]])
 
 
 # ----------------------------------------------------------------------------------------- rotary positions
