@@ -331,7 +331,7 @@ def draw_anchor(rng, task, corpus=draw_pretraining):  # never the task's own, no
 
 
 def probes(rng, task, count):
-    """What must survive: the known verbs, without a task's C, and all kinds under other contexts."""
+    """What must survive: the known verbs, no C shown, all kinds under other contexts."""
     context = "style plain" if task == "instructions" else None
     verbs = [instructions(rng, styles=()) for _ in range(count)]
     suites = {"verbs": [replace(e, context=context) for e in verbs]}
@@ -372,7 +372,7 @@ def pretraining_task():  # the joint distribution, for the base: the one student
 
 
 # ============================================================================ 4. reading your files
-# What a chat may be: a prompt ends with the user's turn, a context with any other.
+# What a chat may be: a prompt ends with the user's turn, a context never does.
 CHATS = dict(prompt="(system )?(user assistant )*user", context="(?=.)(system)?( ?user assistant)*")
 EXPERT = ("demonstration", "solution", "answer")  # the expert's words: the first that a line brings
 

@@ -102,7 +102,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # fp16 needs one; bf16 and fp32 pass through it unchanged
     autocast: Callable
-    divergence: Callable  # as --divergence, --beta and --top-k say
+    divergence: Callable  # as --divergence and --top-k say
     folder: Path
     identity: dict
     step: int = 0
@@ -282,7 +282,6 @@ class Config:
     context: str = flag("all", "a kind of contexts.KINDS; all: every kind, in the built-in world")
     method: str = flag("all", "of METHODS; all: COSD and SFT; pretrain: the world's base alone")
     divergence: str = flag("forward_kl", "or reverse_kl, jsd, policy_gradient (sampled tokens)")
-    beta: float = flag(0.5, "of jsd, strictly between 0 and 1")
     top_k: int = flag(0, "the student's top k and a tail bucket; 0: the full vocabulary", 0)
     teacher: str = flag("frozen", "who scores: the frozen start, an ema that follows, or live")
     ema_rate: float = flag(0.02, "how fast the ema teacher follows", 0)
@@ -380,7 +379,6 @@ def check_combinations(cfg: Config) -> None:
         (cfg.model and cfg.context == "all", "--model needs --context, one kind"),
         (cfg.model and not cfg.prompts, "--model needs --prompts FILE"),
         (cfg.model and cfg.anchors and not cfg.anchor_file, "--anchors needs --anchor-file FILE"),
-        (not 0 < cfg.beta < 1, "--beta must lie between 0 and 1; for its ends name the KL"),
         (max(cfg.anchors, cfg.ema_rate) > 1, "--anchors and --ema-rate are shares: at most 1"),
         (sampled and cfg.top_k, "policy_gradient sees sampled tokens only: no --top-k"),
         (sampled and off_policy, "policy_gradient needs --method cosd and --temperature 1"),
@@ -593,7 +591,7 @@ def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path
     weights = trained(student).values()
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    made = optimizer, scaler, autocast, make_objective(cfg.divergence, cfg.beta, cfg.top_k)
+    made = optimizer, scaler, autocast, make_objective(cfg.divergence, top_k=cfg.top_k)
     return Run(cfg, task, student, teacher, base, *made, folder, identity)
 
 

@@ -29,7 +29,7 @@ PARTS = (
     "weights teacher base gradients optimizer activations logits scoring casts generation".split()
 )
 SPARE = 1.0  # GB for the program itself (CUDA's kernels, fragments); beside it a tenth of the peak
-# What to turn when it does not fit, the harmless ones first: the first three change no result.
+# What to turn when it does not fit, the harmless first: up to micro_batch no result changes.
 ADVICE = [
     {"chunk": 32},
     {"checkpointing": True},

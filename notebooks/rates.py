@@ -1,6 +1,6 @@
 """The rule behind the built-in world's learning rates.
 
-    python notebooks/rates.py                       out/rates; an hour or so on one core
+    python notebooks/rates.py                       out/rates; some twenty minutes on two cores
     python notebooks/rates.py --smoke               seconds: that it runs; its numbers mean nothing
 
 Every method at every rate on the four kinds, one seed, no anchors. The default of a method is the

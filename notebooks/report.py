@@ -54,12 +54,12 @@ MEANING = {
     "seconds": "training alone",
 }
 PANELS = {  # the figure's, the first four that some run has
-    "Learned: score without C": "after.task.score",
+    "Learned: content and manner, without C": "after.task.exact",
     "Kept: change under other contexts": "steerability",
     "Forgotten: skills known without context": "prior",
     "Moved: KL(base‖tuned)": "after.drift",
+    "Learned: score without C": "after.task.score",
     "Left to learn: KL to the teacher": "after.kl",
-    "Learned: content and manner": "after.task.exact",
 }
 COLORS = {"cosd": "#0072B2", "sft": "#D55E00", "offline": "#CC79A7", "gkd": "#009E73"}
 

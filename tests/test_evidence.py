@@ -17,10 +17,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 
-import contexts
 import evidence
 from conftest import tiny_checkpoint, tiny_gpt
 
+import contexts
 from contexts import VERBS, task_draw
 from cosd import forward_kl, reverse_kl
 

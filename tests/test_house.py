@@ -75,7 +75,7 @@ def test_the_loop_comes_early_is_short_and_calls_backward_itself():
         "scaler.step",
         "teacher.update",
         "log.append",
-        "evaluate",
+        "evaluate(run)",
         "save_run",
     ]
     places = [body.index(word) for word in in_order]

@@ -129,7 +129,7 @@ def test_the_whole_story_in_small(tmp_path):
     "changes",
     [
         {"method": "offline"},
-        {"method": "gkd", "divergence": "jsd", "beta": 0.3},
+        {"method": "gkd", "divergence": "jsd"},
         {"divergence": "reverse_kl", "teacher": "live"},
         {"divergence": "policy_gradient", "chunk": 7},
         {"top_k": 5, "chunk": 16},
@@ -244,7 +244,6 @@ def test_flags_of_the_objective_reach_the_loss(out, steps):
             out,
             steps=1,
             divergence="jsd",
-            beta=0.3,
             top_k=7,
             micro_batch=3,
             chunk=5,
@@ -263,10 +262,9 @@ def test_flags_of_the_objective_reach_the_loss(out, steps):
         torch.randn(4, 300),
         torch.zeros(4, dtype=torch.long),
     )
-    expected = train.make_objective("jsd", 0.3, 7)(student, teacher, tokens)
+    expected = train.make_objective("jsd", top_k=7)(student, teacher, tokens)
     assert torch.equal(in_loop[0][0].objective(student, teacher, tokens), expected)
-    assert not torch.equal(train.make_objective("jsd", 0.5, 7)(student, teacher, tokens), expected)
-    assert not torch.equal(train.make_objective("jsd", 0.3, 0)(student, teacher, tokens), expected)
+    assert not torch.equal(train.make_objective("jsd")(student, teacher, tokens), expected)
 
 
 def test_the_log_has_the_loss_of_every_part(out):
@@ -744,7 +742,6 @@ def test_defaults_depend_on_the_method_and_on_the_model(tmp_path):
         (["--divergence", "policy_gradient", "--method", "offline"], "needs --method cosd"),
         (["--divergence", "policy_gradient", "--temperature", "0.5"], "and --temperature 1"),
         (["--divergence", "policy_gradient", "--top-k", "5"], "no --top-k"),
-        (["--beta", "1"], "for its ends name the KL"),
         (["--d-model", "40000000"], "out of memory: lower --micro-batch"),
         (["--device", "toaster"], "--device toaster"),
         (["--lr", "nan"], "--lr nan: must be at least 0"),

@@ -2,9 +2,49 @@
 
 import re
 
-PIRATE = {"arr", "arrr", "arrgh", "ahoy", "aye", "avast", "matey", "mateys", "me", "ye", "yer", "yarr", "booty", "sail", "sails", "sea", "seas", "ship",
-          "treasure", "parrot", "captain", "cap'n", "crew", "landlubber", "scallywag", "be", "shiver", "plank", "grog", "hearties"}
-SPEECH = {"arr", "arrr", "arrgh", "ahoy", "aye", "avast", "matey", "mateys", "yarr"}      # what nobody else says
+PIRATE = {
+    "arr",
+    "arrr",
+    "arrgh",
+    "ahoy",
+    "aye",
+    "avast",
+    "matey",
+    "mateys",
+    "me",
+    "ye",
+    "yer",
+    "yarr",
+    "booty",
+    "sail",
+    "sails",
+    "sea",
+    "seas",
+    "ship",
+    "treasure",
+    "parrot",
+    "captain",
+    "cap'n",
+    "crew",
+    "landlubber",
+    "scallywag",
+    "be",
+    "shiver",
+    "plank",
+    "grog",
+    "hearties",
+}
+SPEECH = {
+    "arr",
+    "arrr",
+    "arrgh",
+    "ahoy",
+    "aye",
+    "avast",
+    "matey",
+    "mateys",
+    "yarr",
+}  # what nobody else says
 
 
 def score(text: str, row: dict) -> bool:
