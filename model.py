@@ -188,8 +188,7 @@ def rotary_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding in the half-split layout of Hugging Face's Llama. x (B, H, T, E); cos, sin
-    (B or 1, 1, T, E/2)."""
+    """Half-split layout, as Hugging Face's. x (B, H, T, E); cos, sin (B or 1, 1, T, E/2)."""
     a, b = x.chunk(2, dim=-1)  # fp32 from here: cos and sin are
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -255,8 +254,9 @@ class MLP(nn.Module):
         self.gelu = nn.GELU(approximate="tanh" if config.mlp == "gelu_tanh" else "none")
 
     def forward(self, x):
-        up = self.up(x)
-        return self.down(F.silu(self.gate(x)) * up if self.gate else self.gelu(up))
+        if self.gate:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.gelu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -646,7 +646,6 @@ NAMES = {  # transformers' words -> ours, replaced in this order
     "o_proj": "out",
     "_proj": "",
 }
-
 
 SHAPES = {  # GPTConfig's words -> transformers'; GPT-2 has the first six
     "vocab_size": "vocab_size",
