@@ -132,7 +132,7 @@ _ = run_own(replace(settings, dry_run=True))
 
 # %% [markdown]
 # ## 3. Pre-flight and training
-# The first lines compare teacher and student on held-out questions: a context that does not help its own model cannot teach it. Then 30 steps of 8 questions; the student
+# The first line compares teacher and student on held-out questions: a context that does not help its own model cannot teach it. Then 30 steps of 8 questions; the student
 # answers, the frozen teacher scores every token of the answer.
 
 # %% tags=["timing"]
