@@ -1,5 +1,6 @@
 """The program: the loop, its methods, the state, resume after a kill, Ctrl-C, bad input."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -418,6 +419,14 @@ def test_a_fifth_kind_is_one_record(tmp_path, monkeypatch, steps):
         )
         == 0
     )
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    import report
+
+    text = report.report(tmp_path)
+    assert "| feedback | cosd |" in text and "| feedback | sft |" in text
+    assert report.letter("feedback") == "E"
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "figure.png").exists() == has_matplotlib
 
 
 # ------------------------------------------------------------------------------- reproducible, resumable, atomic
