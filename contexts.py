@@ -97,7 +97,7 @@ def encode(text):  # chat markers in a text are plain bytes: only `render` place
     return ENCODING.encode(text, disallowed_special=())
 
 
-def render(context, prompt):  # q4: [SYSTEM, C,] USER, x, ASSISTANT
+def render(context, prompt):  # [SYSTEM, C,] USER, x, ASSISTANT
     """The prompt's tokens, for student (context None) and teacher: both end in the same header."""
     system = [] if context is None else [SYSTEM, *encode(context)]
     return system + [USER, *encode(prompt), ASSISTANT]
