@@ -2,49 +2,11 @@
 
 import re
 
-PIRATE = {
-    "arr",
-    "arrr",
-    "arrgh",
-    "ahoy",
-    "aye",
-    "avast",
-    "matey",
-    "mateys",
-    "me",
-    "ye",
-    "yer",
-    "yarr",
-    "booty",
-    "sail",
-    "sails",
-    "sea",
-    "seas",
-    "ship",
-    "treasure",
-    "parrot",
-    "captain",
-    "cap'n",
-    "crew",
-    "landlubber",
-    "scallywag",
-    "be",
-    "shiver",
-    "plank",
-    "grog",
-    "hearties",
-}
-SPEECH = {
-    "arr",
-    "arrr",
-    "arrgh",
-    "ahoy",
-    "aye",
-    "avast",
-    "matey",
-    "mateys",
-    "yarr",
-}  # what nobody else says
+# What nobody else says, and what a pirate says besides.
+SPEECH = set("arr arrr arrgh ahoy aye avast matey mateys yarr".split())
+BESIDES = """me ye yer booty sail sails sea seas ship treasure parrot captain cap'n crew landlubber
+scallywag be shiver plank grog hearties"""
+PIRATE = SPEECH | set(BESIDES.split())
 
 
 def score(text: str, row: dict) -> bool:
