@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,6 @@ from model import (
     load_weights,
     low_precision_,
     pad_right,
-    perplexity,
     read_config,
     resolve_device,
     trained,
@@ -185,7 +185,7 @@ def task_rows(run: Run, step: int) -> Rows:
         scorer, theirs = run.teacher, context_prompts(task, examples, y)
         objective = run.divergence
     share = 1 - cfg.n_anchors / cfg.batch
-    return make_rows(run, prompts, y, scorer, theirs, objective, share, cfg.reduction, cfg.skip)
+    return make_rows(prompts, y, scorer, theirs, objective, share, cfg.reduction, cfg.skip)
 
 
 def anchor_rows(run: Run, step: int) -> Rows:
@@ -196,7 +196,7 @@ def anchor_rows(run: Run, step: int) -> Rows:
     prompts = [teacher_prompt(task.chat, task.draw_anchor(rng)) for _ in range(cfg.n_anchors)]
     y = write(run, run.student, prompts, cfg.temperature, "anchors", step)
     share = cfg.n_anchors / cfg.batch
-    return make_rows(run, prompts, y, run.base, prompts, run.divergence, share, cfg.reduction)
+    return make_rows(prompts, y, run.base, prompts, run.divergence, share, cfg.reduction)
 
 
 def write(run: Run, model: GPT, prompts, temperature, *what) -> list:
@@ -207,18 +207,16 @@ def write(run: Run, model: GPT, prompts, temperature, *what) -> list:
     generator = torch.Generator(model.device).manual_seed(seed)
     how = {"temperature": temperature, "eos": run.task.chat.ends, "generator": generator}
     for i in range(0, len(prompts), at_once):
-        ids, mask = model.generate(prompts[i : i + at_once], cfg.max_new_tokens, **how)
-        y += [row[m].tolist() for row, m in zip(ids, mask)]
+        some = prompts[i : i + at_once]
+        ids, mask = model.generate(some, cfg.max_new_tokens, captured=cfg.compile, **how)
+        y += [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
     return y
 
 
-def make_rows(
-    run: Run, prompts, y, scorer, theirs, objective, share=1.0, reduction="token", skip=0
-) -> Rows:
+def make_rows(prompts, y, scorer, theirs, objective, share=1.0, reduction="token", skip=0) -> Rows:
     """Lists of tokens as tensors, with weights that sum to `share`."""
-    device = run.student.device
-    ids = pad_right(y).to(device)  # (B, N)
-    mask = pad_right([[1] * len(row) for row in y]).bool().to(device)  # (B, N)
+    ids = pad_right(y)  # (B, N)
+    mask = pad_right([[1] * len(row) for row in y]).bool()  # (B, N)
     weights = share * token_weights(mask, reduction, skip)
     return Rows(prompts, theirs, ids, mask, weights, scorer, objective)
 
@@ -226,13 +224,14 @@ def make_rows(
 def log_row(parts: dict, losses: list, norm) -> dict:
     """The step in numbers: the loss and the student's entropy; the objective's mean over each
     part's tokens; the mean length of the task's answers; the gradient's norm."""
-    values = {"grad_norm": norm, "length": parts["task"].mask.sum(1).float().mean()}
+    values = {"grad_norm": norm}
     for name, log in losses:
         mean = log["loss"] / parts[name].weights.sum()
         for key, value in {**log, name: mean}.items():
             values[key] = values.get(key, 0.0) + value
     numbers = torch.stack([*values.values()]).tolist()  # one wait for the device
-    return dict(zip(values, numbers))
+    mask = parts["task"].mask
+    return dict(zip(values, numbers)) | {"length": mask.sum().item() / len(mask)}
 
 
 def demand_finite(run: Run, row: dict) -> None:
@@ -307,19 +306,19 @@ class Config:
     score: str = flag("none", "exact, contains, regex, number, contains:TEXT, path.py:function")
     anchor_file: str | None = flag(None, "JSON lines: prompts for --anchors, and for the drift")
     unrelated: str | None = flag(None, "a text whose perplexity should not change")
-    export: str = flag("merged", "what is written for transformers: or adapters (PEFT), none")
+    export: str = flag("merged", "the model for transformers, adapters folded in; or none")
     dry_run: bool = flag(False, "read everything, say what would be done, and stop")
     # the run
     seed: int = flag(0, "of everything random", 0)
     seeds: int = flag(1, "how many, from --seed on; the table gives mean ± deviation", 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "of autocast: fp32, bf16 or fp16; the weights stay fp32")
+    compile: bool = flag(False, "decode by one recorded step: on CUDA a graph, else torch.compile")
     eval_size: int = flag(128, "held-out prompts, and prompts a probe", 1)
     eval_every: int = flag(0, "measure every so many steps, for the curve; 0: at the end only", 0)
     out: str = flag("out", "where bases and runs are kept")
     resume: bool = flag(False, "take up what was stopped, skip what is complete")
     pretrain_steps: int = flag(2000, "of the built-in world's base", 1)
-    d_model: int = flag(128, "width of the built-in world's base", 8)
 
     def __post_init__(self):
         check_flags(self)
@@ -345,12 +344,12 @@ CHOICES = {
     "divergence": [*DIVERGENCES, "policy_gradient"],
     "teacher": ["frozen", "ema", "live"],
     "reduction": ["token", "sequence"],
-    "export": ["merged", "adapters", "none"],
+    "export": ["merged", "none"],
     "dtype": ["auto", "fp32", "bf16", "fp16"],
 }
 PRESETS = {
     "default": {},
-    "smoke": {"pretrain_steps": 20, "steps": 4, "batch": 8, "d_model": 32, "eval_size": 8},
+    "smoke": {"pretrain_steps": 20, "steps": 4, "batch": 8, "eval_size": 8},
 }
 
 
@@ -382,7 +381,6 @@ def check_combinations(cfg: Config) -> None:
         (max(cfg.anchors, cfg.ema_rate) > 1, "--anchors and --ema-rate are shares: at most 1"),
         (sampled and cfg.top_k, "policy_gradient sees sampled tokens only: no --top-k"),
         (sampled and off_policy, "policy_gradient needs --method cosd and --temperature 1"),
-        (cfg.export == "adapters" and not cfg.lora, "--export adapters needs --lora RANK"),
         (cfg.skip >= cfg.max_new_tokens, f"--skip {cfg.skip} must be below --max-new-tokens"),
         (cfg.model and cfg.method == "pretrain", "--method pretrain is the built-in world's"),
     ]:
@@ -416,19 +414,28 @@ def parse(argv: list[str] | None) -> Config:
 
 # ==================================================================================== 3. evaluation
 @torch.no_grad()
-def sampled_kl(run: Run, model: GPT, prompts, y, scorer: Teacher, theirs) -> float:
-    """KL(model‖scorer) in nats per token, on the model's own samples y, exact at every token."""
-    objective = make_objective("reverse_kl")  # the model stands where the student does
-    rows = make_rows(run, prompts, y, scorer, theirs, objective)
+def mean_loss(run: Run, model: GPT, prompts, y, objective, scorer=None, theirs=()) -> float:
+    """The objective's mean over all tokens of y, in nats, with `model` as the student."""
+    rows = make_rows(prompts, y, scorer, theirs, objective)
     losses = [cosd_loss(model, part, run.cfg.chunk)[0] for part in rows.split(2 * run.cfg.batch)]
     return sum(losses).item()
+
+
+REVERSE_KL = make_objective("reverse_kl")  # KL(model‖scorer), exact at every token of its samples
 
 
 def drift(run: Run, prompts: list[list[int]]) -> float:
     """KL(base‖student) on the base's own samples, both without any other context than the prompts
     have."""
-    y = write(run, run.base.model, prompts, 1, "drift")
-    return sampled_kl(run, run.base.model, prompts, y, Teacher(run.student, "live"), prompts)
+    base, student = run.base.model, Teacher(run.student, "live")
+    y = write(run, base, prompts, 1, "drift")
+    return mean_loss(run, base, prompts, y, REVERSE_KL, student, prompts)
+
+
+def perplexity(run: Run, model: GPT, texts: list[list[int]]) -> float:
+    """exp of the mean −log p of all tokens but the first of each text, which nothing predicts."""
+    first, rest = [text[:1] for text in texts], [text[1:] for text in texts]
+    return math.exp(mean_loss(run, model, first, rest, cross_entropy))
 
 
 def measure(run: Run) -> dict:
@@ -442,7 +449,7 @@ def measure(run: Run) -> dict:
         "task": task.grades(task.heldout, write(run, student, prompts, 0)),
         "drift_new": drift(run, prompts),
     }
-    result["kl"] = sampled_kl(run, student, prompts, y, run.teacher, theirs)
+    result["kl"] = mean_loss(run, student, prompts, y, REVERSE_KL, run.teacher, theirs)
     for name, suite in task.probes.items():
         in_context = [teacher_prompt(task.chat, e) for e in suite]
         result[name] = task.grades(suite, write(run, student, in_context, 0))
@@ -450,7 +457,7 @@ def measure(run: Run) -> dict:
     if probes:
         result["drift"] = drift(run, probes)
     if cfg.unrelated:
-        result["perplexity"] = perplexity(student, task.paragraphs)
+        result["perplexity"] = perplexity(run, student, task.paragraphs)
     return result
 
 
@@ -486,7 +493,7 @@ def sample_text(run: Run) -> str:
         prompt = [student_prompt(chat, e)]
         y = write(run, student, prompt, run.cfg.temperature, "samples", run.step)
         theirs = context_prompts(run.task, [e], y)
-        rows = make_rows(run, prompt, y, run.teacher, theirs, None)
+        rows = make_rows(prompt, y, run.teacher, theirs, None)
         text += chat.decode(theirs[0] + y[0]) + "\n  "
         for token, q, p in zip(y[0], *token_probabilities(student, rows)):
             text += f" {chat.decode([token])!r} {q:.2f}→{p:.2f}"
@@ -516,7 +523,7 @@ def save_run(run: Run) -> None:
     if run.result is None:
         state["optimizer"], state["scaler"] = run.optimizer.state_dict(), run.scaler.state_dict()
         state["teacher"] = run.teacher.model.state_dict() if run.teacher.kind == "ema" else {}
-    elif (run.folder / "export").exists():  # it has the weights
+    elif (run.folder / "export").exists() and not run.cfg.lora:  # it has the weights
         state["model"] = {}
     replace_file(run.folder / "state.pt", partial(torch.save, state))
     lines = [json.dumps(row) + "\n" for row in run.log]
@@ -579,6 +586,8 @@ def working_in(folder: Path) -> Iterator[Path]:
 def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path) -> Run:
     """The parts of a run, at step 0."""
     device, dtype, autocast = resolve_device(cfg.device, cfg.dtype)
+    # What stays in fp32 beside half precision, the head's products, may use a card's TF32 units.
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     if cfg.lora:
         torch.manual_seed(cfg.seed)
         add_adapters(student, cfg.lora)
@@ -596,7 +605,7 @@ def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path
 
 
 # These do not change a run's result, or by rounding only.
-NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing dry_run".split()
+NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing compile dry_run".split()
 
 
 def settings_of(cfg: Config) -> dict:
@@ -611,11 +620,9 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
     """The built-in world's base for this configuration and seed, and its name. Pretraining is the
     same loop. It goes on from where it stood; a complete base is only read. The name is a digest of
     the settings and of a sample of the data itself, so that a changed world means a new base."""
-    kept = {name: getattr(cfg, name) for name in ("seed", "device", "dtype", "d_model")}
+    kept = {name: getattr(cfg, name) for name in ("seed", "device", "dtype")}
     cfg = Config(method="pretrain", teacher="live", steps=cfg.pretrain_steps, batch=96, **kept)
-    cfg, D = cfg.resolved("pretrain"), cfg.d_model
-    with reading(f"--d-model {D}"):
-        shape = GPTConfig(contexts.ENCODING.n_vocab, d_model=D, head_dim=D // 4, d_ff=3 * D)
+    cfg, shape = cfg.resolved("pretrain"), GPTConfig(contexts.ENCODING.n_vocab)
     rng = seeded("data")
     data = [asdict(contexts.draw_pretraining(rng)) for _ in range(256)]
     identity = settings_of(cfg) | {"shape": asdict(shape), "data": digest(data)}
@@ -666,15 +673,12 @@ def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
 
 
 def export(run: Run) -> None:
-    """What transformers and vLLM load: the model with its adapters folded in, or the adapters alone
-    for PEFT."""
+    """What transformers and vLLM load: the model with its adapters folded in."""
     from transformers import AutoTokenizer
 
     cfg, folder = run.cfg, run.folder / "export"
     shutil.rmtree(folder, ignore_errors=True)  # of a stopped try
-    if cfg.model and cfg.export == "adapters":
-        run.student.save_adapters(folder, cfg.model)
-    elif cfg.model and cfg.export == "merged":
+    if cfg.model and cfg.export == "merged":
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         run.student.save_pretrained(folder, tokenizer, run.task.chat.ends)
 
@@ -694,8 +698,6 @@ def run_own(cfg: Config) -> dict:
                 raise BadInput(f"{path} lies in the output folder {place}: copy it elsewhere first")
     with reading(f"--model {cfg.model}"):
         shape = read_config(cfg.model)
-        if cfg.export == "adapters" and shape.positions == "learned":
-            raise ValueError("GPT-2 holds q, k and v in one matrix: use --export merged")
         chat = contexts.open_chat(cfg.model, shape.vocab_size)
     task = contexts.file_task(cfg, chat, shape.max_len)
     longest = max(len(teacher_prompt(chat, e)) for e in task.heldout)
@@ -755,7 +757,7 @@ def main(argv=None) -> int:
     except subprocess.CalledProcessError as error:
         said, code = "the report failed", error.returncode
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         said, code = "error: out of memory: lower --micro-batch, set --chunk 32 and ", 2
         said += "--checkpointing (the result stays the same); or --lora 16, a lower --batch"

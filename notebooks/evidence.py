@@ -57,7 +57,7 @@ from train import Config, Run
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # by degrees of freedom
 DATA = ROOT / "notebooks" / "data"
 WORLD = dict(steps=100, batch=32, eval_size=64)
-SMOKE = dict(pretrain_steps=10, d_model=32, steps=2, batch=8, eval_size=4)
+SMOKE = dict(pretrain_steps=10, steps=2, batch=8, eval_size=4)
 OWN = ("weighted", "base_kl", "replay")  # settings that train.py does not know: see `parts`
 
 

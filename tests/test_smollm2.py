@@ -1,6 +1,8 @@
 """A real model, SmolLM2-135M-Instruct: exact beside transformers, and one step of training (-m slow).
 Notebook 05 compiles a context into it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,7 @@ from conftest import ROOT
 
 import train
 from contexts import open_chat, read_paragraphs
-from model import GPT, perplexity
+from model import GPT
 from train import Config
 
 pytestmark = pytest.mark.slow
@@ -56,7 +58,8 @@ def test_perplexity_on_plain_english(pair):
         with torch.no_grad():
             total += theirs(ids, labels=ids).loss.item() * (len(row) - 1)
         count += len(row) - 1
-    value = perplexity(mine, paragraphs)
+    run = SimpleNamespace(cfg=SimpleNamespace(chunk=0, batch=1))
+    value = train.perplexity(run, mine, paragraphs)
     assert value == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
     assert 6 < value < 8
 
