@@ -477,7 +477,7 @@ class GPT(nn.Module):
         for name in theirs.state_dict():
             tensor = torch.cat([weights[ours] for ours in our_names(name)])
             tensor = tensor.t() if ".c_" in name else tensor
-            state[name] = tensor.to(dtype).contiguous()
+            state[name] = tensor.to("cpu", dtype).contiguous()  # no second copy on the device
         theirs.load_state_dict(state, assign=True)
         theirs.tie_weights()
         theirs.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None)

@@ -495,7 +495,8 @@ def sample_text(run: Run) -> str:
         theirs = context_prompts(run.task, [e], y)
         rows = make_rows(prompt, y, run.teacher, theirs, None)
         text += chat.decode(theirs[0] + y[0]) + "\n  "
-        for token, q, p in zip(y[0], *token_probabilities(student, rows)):
+        both = torch.stack(token_probabilities(student, rows), dim=1)  # (n, 2)
+        for token, (q, p) in zip(y[0], both.tolist()):
             text += f" {chat.decode([token])!r} {q:.2f}→{p:.2f}"
         text += "\n"
     return text
