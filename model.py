@@ -119,9 +119,7 @@ class KVCache:
         self.length += T
         self.slots, self.bias = slots, None  # the first tokens attend to themselves, plainly causal
         if self.prefix or not self.filling:
-            keys = torch.arange(
-                -self.offset, S, device=device
-            )  # (P + S,): the prefix lies before 0
+            keys = torch.arange(-self.offset, S, device=device)  # (P + S,); a prefix ends at 0
             bias = torch.where(keys <= slots[..., None], 0.0, float("-inf")).to(dtype)
             self.bias = bias[:, None].repeat(1, 1, self.group, 1)  # (B or 1, 1, G T, P + S)
         return slots

@@ -187,13 +187,16 @@ def own_model(folder):
 def count_waits(folder):
     """How often the host waits: for a decoded token; in a step, by its micro-batches."""
     import train
-    from model import GPT, GPTConfig
+    from model import GPT, GPTConfig, KVCache
 
     small = GPTConfig(100, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=16)
     model = GPT(small).to("fake")
     waits.clear()
     model.generate([[1, 2, 3], [4]], 64, eos={1000})
     per_token = sum(waits.values()) / 64
+    ids, cache = torch.tensor([[1, 2, 3, 4]], device="fake"), KVCache(small, 2)
+    with torch.no_grad():
+        model(ids[:, :2], cache), model(ids[:, 2:], cache)  # continued by hand
 
     shape = {"n_layer": 1, "d_model": 16, "n_head": 2, "n_kv_head": 1, "head_dim": 8, "d_ff": 16}
     train.GPTConfig = partial(GPTConfig, **shape)
