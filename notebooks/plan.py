@@ -77,13 +77,15 @@ def plan(
     largest = max(cfg.batch - cfg.n_anchors, cfg.n_anchors)  # the task's rows, or the anchors
     rows = min(cfg.micro_batch or largest, largest)
     tokens, scored = common + rows * (prompt + new), rows * new
-    # One block, bytes per token: fp32 norms and residuals; the inputs of the matrix products;
-    # q, k, v and attention; the MLP.
-    norms, inputs = 4 * 4 * D, low * D * (5 if mixed else 2)
-    attention, mlp = low * (3 * H * E + 2 * K * E), low * F * (4 if c.mlp == "swiglu" else 2)
+    # One block, bytes per token: fp32 norms and residuals; what the matrix products read; q, and
+    # what attention puts out, twice; keys and values; the MLP.
+    norms, inputs = 4 * 4 * D, low * 2 * D
+    attention, mlp = low * 3 * H * E, low * F * (4 if c.mlp == "swiglu" else 2)
     block = tokens * (norms + inputs + attention + mlp)
     if common:  # with gradient every row has a copy of the common beginning's keys and values
-        block += rows * (common + prompt + new) * 2 * K * E * low
+        block += (tokens + rows * (common + prompt + new)) * 2 * K * E * low
+    else:  # one for every query head, so that no kernel keeps scores
+        block += tokens * 2 * H * E * low
 
     # Without gradient one block's temporaries remain: the scores over all slots, and the MLP.
     def reading_once(rows: int, own: int, before: int) -> int:
@@ -101,9 +103,12 @@ def plan(
         "activations": N * tokens * 4 * D + block if cfg.checkpointing else N * block,
         "logits": 4 * V * 6 * min(cfg.chunk or scored, scored) + (0 if adapters else 4 * V * D),
         "scoring": reading_once(rows, teacher_prompt + new, shared),
-        # autocast's copies of the fp32 weights; the head's for student and teacher
-        "casts": mixed * 2 * ((0 if adapters else in_blocks) + 2 * V * D),
-        "generation": cache + reading_once(generating, teacher_prompt, shared),
+        # autocast's copies of the fp32 weights; the head stays in fp32
+        "casts": 0 if adapters else mixed * low * in_blocks,
+        # for decoding, adapters are folded into matrices of their own
+        "generation": cache
+        + reading_once(generating, teacher_prompt, shared)
+        + (low * in_blocks if adapters else 0),
     }
     if METHODS[cfg.method].minimised != "divergence" and not cfg.n_anchors:
         sizes["scoring"] = 0
