@@ -2,14 +2,13 @@
 of dtypes and shapes, and kernels that keep no scores."""
 
 import shutil
-import warnings
 from collections import Counter
 from contextlib import contextmanager
-from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import MATRIX, check_variant, small_model
 from conftest import tiny_gpt
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,74 +151,30 @@ def test_operations_of_a_layer_for_a_decoded_token(dtype, most, adapters):
 
 
 # ---------------------------------------------------------------------------------------- the matrix
-def variant(biases, grouped, adapters):
-    bias = {"qkv_bias": biases, "out_bias": biases, "mlp_bias": biases}
-    model = tiny_gpt(n_layer=1, n_kv_head=2 if grouped else 4, qk_norm=True, **bias).float()
-    if adapters:
-        add_adapters(model, 2)
-        for layer in model.blocks.modules():
-            if getattr(layer, "B", None) is not None:
-                layer.B.data.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
-    return model
-
-
-MATRIX = list(product(DTYPES, [False, True], [False, True], [False, True]))
-
-
 @pytest.mark.parametrize("dtype, biases, grouped, adapters", MATRIX)
 def test_every_dtype_every_shape(dtype, biases, grouped, adapters):
-    """One dtype throughout; logits within rounding of fp32, cached, not, or with a shared prefix; greedy
-    tokens those of fp32 wherever fp32 is sure of them; no kernel complains."""
-    model = variant(biases, grouped, adapters)
-    ids = torch.randint(0, 23, (2, 9), generator=torch.Generator().manual_seed(0))
-    prefix_ids = torch.tensor([COMMON])
-    with torch.no_grad():
-        exact = model(ids)
-        exact_after = model(torch.cat([prefix_ids.expand(2, -1), ids], dim=1))[:, len(COMMON) :]
-    low = DTYPES[dtype]
-    if adapters:
-        low_precision_(model, low)
-    near = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.01}[dtype]
-
-    def off(logits, truth):
-        assert logits.dtype == torch.float32
-        return ((logits - truth).norm() / truth.norm()).item()
-
-    with warnings.catch_warnings(), torch.autocast("cpu", low, enabled=low != torch.float32):
-        warnings.simplefilter("error")  # such as "fused path refused"
-        with torch.no_grad():
-            assert off(model(ids), exact) < near
-            cache = KVCache(model.config, 5)
-            pieces = [model(part, cache) for part in ids.split([4, 1, 4], dim=1)]
-            assert off(torch.cat(pieces, dim=1), exact) < near
-            prefix = model.read(COMMON)
-            cache = KVCache(model.config, 5, prefix)
-            pieces = [model(part, cache) for part in ids.split([4, 1, 4], dim=1)]
-            assert off(torch.cat(pieces, dim=1), exact_after) < near
-            assert cache.keys[0].dtype == prefix.keys[0].dtype == low
-        after = model(ids, KVCache(model.config, prefix=model.read(COMMON)))  # with gradient
-        assert off(after, exact_after) < near
-        for common in ([], COMMON):
-            prompts = [common + prompt for prompt in PROMPTS]
-            tokens, _ = model.generate(prompts, 4, temperature=0)
-            agrees(model, prompts, tokens, near)
+    """The same function that `benchmark.py gpu` calls on a card."""
+    check_variant("cpu", dtype, biases, grouped, adapters)
 
 
-@torch.no_grad()
-def agrees(model, prompts, tokens, near):
-    """Each token is fp32's best one, or as good as that within rounding."""
-    with torch.autocast("cpu", enabled=False):
-        model = model_module.merged_copy(model)
-        for prompt, row in zip(prompts, tokens.tolist()):
-            logits = model(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]  # (N, V)
-            chosen = logits.gather(1, torch.tensor(row)[:, None])[:, 0]
-            assert (logits.amax(1) - chosen).max() <= 4 * near * logits.abs().max()
+def test_the_matrix_can_fail(monkeypatch):
+    with monkeypatch.context() as patch:  # logits as autocast would leave them
+        patch.setattr(model_module.Head, "forward", torch.nn.Linear.forward)
+        with pytest.raises(AssertionError, match="logits in torch.bfloat16"):
+            check_variant("cpu", "bf16", True, True, False)
+    rotate = model_module.rotate
+    with monkeypatch.context() as patch:  # positions are lost in decoding alone
+        patch.setattr(
+            model_module, "rotate", lambda x, *how: x if x.shape[2] == 1 else rotate(x, *how)
+        )
+        with pytest.raises(AssertionError, match="logits are off"):
+            check_variant("cpu", "bf16", True, True, False)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_residual_stream_is_fp32_also_over_a_half_precision_base(dtype):
     """Some models' residuals exceed fp16's 65,504."""
-    model = variant(False, True, True)
+    model = small_model(False, True, True)
     model.embed.weight.data *= 1e6
     low_precision_(model, DTYPES[dtype])
     with torch.autocast("cpu", DTYPES[dtype]):
