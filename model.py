@@ -393,7 +393,7 @@ class GPT(nn.Module):
 
         A row ends at its first token in `eos`; `mask` is True up to and including it, False after.
         Temperature 0 is greedy; then a row's tokens do not depend on the rest of the batch.
-        Sampling is reproducible from `generator`. Adapters are folded into one matrix before. With
+        Sampling is reproducible from `generator`. Adapters are folded in before. With
         `prefix`, every prompt continues that shared context; without, what all prompts begin with
         (a system turn, say) is found and read once. `captured`: see `capture`.
         """
@@ -402,7 +402,9 @@ class GPT(nn.Module):
         outside = not 0 < (top_p or 1) <= 1 or (top_k or 1) < 1 or 0 in (top_k, top_p)
         if max_new_tokens < 1 or temperature < 0 or outside:
             raise ValueError("generate: max_new_tokens, temperature, top_k or top_p out of range")
-        device, model = self.device, merged_view(self) if self.adapted else self
+        device, model = self.device, self
+        if self.adapted and not self.checkpointing:  # which says that memory matters more than time
+            model = merged_view(self)
         if prefix is None and (common := common_beginning(prompts)):
             prefix, prompts = model.read(common), [p[len(common) :] for p in prompts]
         ids = pad_right(prompts).to(device)

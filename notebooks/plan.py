@@ -2,6 +2,7 @@
 
     python notebooks/plan.py --model FOLDER --context instructions --context-file FILE --prompts FILE
     python notebooks/plan.py --card 24 ...          on a card of 24 GB; if not, which flags to turn
+    python notebooks/plan.py --table                known models, four ways, and the card each needs
 
 All flags are those of train.py. It reads the files, counts tokens, and computes from shapes alone; on
 the CPU the peak is within a quarter of what is measured (tests/test_plan.py). With --card, --dtype auto
@@ -105,10 +106,10 @@ def plan(
         "scoring": reading_once(rows, teacher_prompt + new, shared),
         # autocast's copies of the fp32 weights; the head stays in fp32
         "casts": 0 if adapters else mixed * low * in_blocks,
-        # for decoding, adapters are folded into matrices of their own
+        # for decoding, adapters are folded into matrices of their own, unless memory matters more
         "generation": cache
         + reading_once(generating, teacher_prompt, shared)
-        + (low * in_blocks if adapters else 0),
+        + (low * in_blocks if adapters and not cfg.checkpointing else 0),
     }
     if METHODS[cfg.method].minimised != "divergence" and not cfg.n_anchors:
         sizes["scoring"] = 0
@@ -193,10 +194,60 @@ def show(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: flo
     return "\n".join(lines)
 
 
+FAMILIES = {  # layers, width, heads, key heads, head width, MLP, vocabulary, tied, biases
+    "SmolLM2-135M": (30, 576, 9, 3, 64, 1536, 49_152, True, False),
+    "SmolLM2-360M": (32, 960, 15, 5, 64, 2560, 49_152, True, False),
+    "Qwen2.5-0.5B": (24, 896, 14, 2, 64, 4864, 151_936, True, True),
+    "Llama-3.2-1B": (16, 2048, 32, 8, 64, 8192, 128_256, True, False),
+    "Qwen2.5-1.5B": (28, 1536, 12, 2, 128, 8960, 151_936, True, True),
+    "SmolLM2-1.7B": (24, 2048, 32, 32, 64, 8192, 49_152, True, False),
+    "Qwen2.5-3B": (36, 2048, 16, 2, 128, 11_008, 151_936, True, True),
+    "Llama-3.2-3B": (28, 3072, 24, 8, 128, 8192, 128_256, True, False),
+    "Llama-3.1-8B": (32, 4096, 32, 8, 128, 14_336, 128_256, False, False),
+}
+WAYS = {
+    "all weights": {},
+    "all, --checkpointing": {"checkpointing": True},
+    "--lora 16": {"lora": 16},
+    "--lora 16 --checkpointing": {"lora": 16, "checkpointing": True},
+}
+
+
+def table() -> str:
+    """8 prompts of 100 tokens (20 in common) with 256 new ones, a context of 200; bf16, chunk 32."""
+    rows = ["| model | parameters | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 2) + "|"]
+    for name, numbers in FAMILIES.items():
+        layers, width, heads, key_heads, head_dim, d_ff, vocabulary, tied, biases = numbers
+        shape = GPTConfig(
+            vocabulary,
+            layers,
+            width,
+            heads,
+            key_heads,
+            head_dim,
+            d_ff,
+            8192,
+            tied=tied,
+            qkv_bias=biases,
+        )
+        cells = []
+        for way in WAYS.values():
+            cfg = Config(batch=8, max_new_tokens=256, chunk=32, **way).resolved("cosd")
+            peak = plan(cfg, shape, torch.bfloat16, 80, 80, 20, 220)["peak"] / 1e9
+            cards = [card for card in (16, 24, 80) if fits(peak, card)]
+            cells.append(f"{peak:.1f} ({cards[0]} GB)" if cards else f"{peak:.1f} (none)")
+        rows.append(f"| {name} | {shape.n_params() / 1e9:.2f} B | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--card", type=float, help="its memory in GB")
+    own.add_argument("--table", action="store_true")
     given, rest = own.parse_known_args(argv)
+    if given.table:
+        print(table())
+        return 0
     try:
         cfg = parse(rest)
         if not cfg.model:

@@ -7,11 +7,12 @@
   step      time, its split, and peak memory of one COSD step on a real model; beside TRL's SDFTTrainer where --trl-python
             has TRL installed
   logits    what rounding logits to bf16 before the divergence does to its gradient, and to learning in the world
+  merged    how far the policy that writes with adapters folded in is from the one that is scored with them apart
   gpu       all that a card has to show, on random models, with nothing to download: every dtype and shape, the smoke
             preset, resume, tokens a second and a COSD step beside what the card can do, peak memory beside the plan
 
     python tests/benchmark.py context chunks       (about four minutes on two cores, 8 GB, random models)
-    python tests/benchmark.py generate step --model out/SmolLM2-135M-Instruct [--threads 1] [--trl-python PYTHON]
+    python tests/benchmark.py generate step merged --model out/SmolLM2-135M-Instruct [--threads 1] [--trl-python PYTHON]
     python tests/benchmark.py gpu                  (written to take less than eight minutes; on a CPU it runs in small)
 
 Which model fits which card is an estimate: python notebooks/plan.py --card
@@ -39,7 +40,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from cosd import Rows, Teacher, chunked_objective, cosd_loss, make_objective, token_weights
+from cosd import (
+    Rows,
+    Teacher,
+    chunked_objective,
+    completion_states,
+    cosd_loss,
+    make_objective,
+    token_weights,
+)
 from model import (
     DTYPES,
     GPT,
@@ -48,8 +57,10 @@ from model import (
     add_adapters,
     low_precision_,
     merged_copy,
+    merged_view,
     resolve_device,
     trained,
+    without_adapters,
 )
 
 V_BIG, POSITIONS, WIDTH = 151_936, 512, 512
@@ -547,6 +558,42 @@ def logit_ratios(steps: int = 150, seeds: int = 3) -> None:
             )
 
 
+@torch.no_grad()
+def merged_ratio(folder: str, rank: int = 16) -> None:
+    """A real model, bf16 autocast over a bf16 base, random adapters that change it as much as
+    training does: KL, nats per token, of the policy with folded adapters from the one without, beside
+    that of the bf16 policy from fp32's, which rounding costs anyway. Teacher-forced on its own tokens."""
+    from contexts import open_chat
+
+    chat = open_chat(folder, GPT.from_pretrained(folder).config.vocab_size)
+    prompts = [chat.render(None, question) for question in eight_questions()]
+    print(
+        "\n| adapters' scale | KL(adapted, base) | KL(folded, apart), both bf16 | KL(bf16, fp32) |"
+    )
+    print("|---|---|---|---|")
+    for scale in (0.01, 0.03, 0.1):
+        torch.manual_seed(0)
+        model = GPT.from_pretrained(folder)
+        add_adapters(model, rank)
+        for layer in model.blocks.modules():
+            if getattr(layer, "B", None) is not None:
+                layer.B.normal_(std=scale)
+        exact, base = merged_copy(model), without_adapters(model)
+        ids, mask = exact.generate(prompts, NEW, generator=torch.Generator().manual_seed(0))
+
+        def log_probs(model, ids=ids, mask=mask):
+            states = completion_states(model, prompts, ids, mask)  # (n, D)
+            return model.head(states).log_softmax(-1)  # (n, V)
+
+        in_fp32, in_base = log_probs(exact), log_probs(base)
+        low_precision_(model, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            apart, folded = log_probs(model), log_probs(merged_view(model))
+        pairs = [(in_fp32, in_base), (folded, apart), (apart, in_fp32)]
+        kls = [(p.exp() * (p - q)).sum(-1).mean().item() for p, q in pairs]
+        print(f"| {scale} | " + " | ".join(f"{kl:.2e}" for kl in kls) + " |", flush=True)
+
+
 def off_by(run, rows) -> float:
     """|g(rounded) − g| / |g| of these rows."""
     gradients = []
@@ -723,6 +770,7 @@ if __name__ == "__main__":
         "generate": lambda: generate_ratios(model, rounds),
         "step": lambda: step_ratios(model, rounds, threads, options.trl_python),
         "logits": logit_ratios,
+        "merged": lambda: merged_ratio(model),
         "gpu": lambda: on_a_card("auto" if options.device == "cpu" else options.device),
     }
     first, *rest = options.what

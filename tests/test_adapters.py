@@ -167,6 +167,18 @@ def test_merging(tied):
     assert {p.dtype for p in merged_copy(adapted().bfloat16()).parameters()} == {torch.float32}
 
 
+def test_adapters_are_folded_in_for_decoding_unless_memory_matters_more(monkeypatch):
+    model, calls, original = adapted(), [], model_module.merged_view
+    monkeypatch.setattr(
+        model_module, "merged_view", lambda model: calls.append(1) or original(model)
+    )
+    folded, _ = model.generate(PROMPTS, 6, temperature=0)
+    assert calls == [1]
+    model.checkpointing = True
+    apart, _ = model.generate(PROMPTS, 6, temperature=0)
+    assert calls == [1] and torch.equal(folded, apart)
+
+
 def test_every_matrix_of_the_blocks_is_adapted_and_nothing_else():
     changed = {
         name.rpartition(".")[0] for name, p in adapted().named_parameters() if p.requires_grad
