@@ -238,6 +238,8 @@ def make_objective(name: str, beta: float = 0.5, top_k: int = 0) -> Objective:
     "policy_gradient"."""
     if name == "policy_gradient":
         return policy_gradient
+    if name not in DIVERGENCES:
+        raise ValueError(f"{name!r}: choose from {', '.join(DIVERGENCES)}, policy_gradient")
     divergence = partial(jsd, beta=beta) if name == "jsd" else DIVERGENCES[name]
     if top_k:
         divergence = partial(top_k_divergence, k=top_k, divergence=divergence)

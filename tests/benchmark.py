@@ -542,7 +542,7 @@ def logit_ratios(steps: int = 150, seeds: int = 3) -> None:
                         context=kind, method="cosd", seed=seed, steps=steps, dtype="bf16"
                     )
                     bases = Path(__file__).parent.parent / "out"
-                    base, name = train.get_base(replace(cfg, dtype="fp32"), bases)
+                    base, name = train.get_base(replace(cfg, dtype="auto"), bases)
                     task = contexts.world_task(kind, seed, 64)
                     result = train.run_method(
                         replace(cfg, out=out).resolved("cosd"), task, base, name
