@@ -120,8 +120,10 @@ class KVCache:
         self.slots, self.bias = slots, None  # the first tokens attend to themselves, plainly causal
         if self.prefix or not self.filling:
             keys = torch.arange(-self.offset, S, device=device)  # (P + S,); a prefix ends at 0
-            bias = torch.where(keys <= slots[..., None], 0.0, float("-inf")).to(dtype)
-            self.bias = bias[:, None].repeat(1, 1, self.group, 1)  # (B or 1, 1, G T, P + S)
+            later = keys > slots[..., None]  # (B or 1, T, P + S)
+            bias = torch.zeros(later.shape, dtype=dtype, device=device)
+            bias = bias.masked_fill(later, float("-inf"))[:, None]
+            self.bias = bias.repeat(1, 1, self.group, 1)  # (B or 1, 1, G T, P + S)
         return slots
 
     def attend(self, layer: int, q, k, v) -> Tensor:
