@@ -621,12 +621,11 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
     """The built-in world's base for this configuration and seed, and its name. Pretraining is the
     same loop. It goes on from where it stood; a complete base is only read. The name is a digest of
     the settings and of a sample of the data itself, so that a changed world means a new base."""
-    kept = {name: getattr(cfg, name) for name in ("seed", "device", "dtype")}
-    cfg = Config(method="pretrain", teacher="live", steps=cfg.pretrain_steps, batch=96, **kept)
-    cfg, shape = cfg.resolved("pretrain"), GPTConfig(contexts.ENCODING.n_vocab)
-    rng = seeded("data")
+    kept = {"seed": cfg.seed, "dtype": cfg.dtype, "steps": cfg.pretrain_steps, "batch": 96}
+    cfg = Config(method="pretrain", teacher="live", device=cfg.device, **kept).resolved("pretrain")
+    shape, rng = GPTConfig(contexts.ENCODING.n_vocab), seeded("data")
     data = [asdict(contexts.draw_pretraining(rng)) for _ in range(256)]
-    identity = settings_of(cfg) | {"shape": asdict(shape), "data": digest(data)}
+    identity = kept | {"lr": cfg.lr, "shape": asdict(shape), "data": digest(data)}
     folder = Path(root) / f"base-{digest(identity)}"
     torch.manual_seed(cfg.seed)
     base = GPT(shape).to(resolve_device(cfg.device, cfg.dtype)[0])
