@@ -520,8 +520,8 @@ def logit_ratios(steps: int = 150, seeds: int = 3) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     original = train.make_objective
-    for kind in contexts.KINDS:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for kind in contexts.KINDS:
             numbers = []
             for how in (lambda f: f, rounded):
                 off = []
