@@ -130,7 +130,7 @@ def parts(run: Run, step: int, settings: dict) -> dict:
         prompts = [contexts.teacher_prompt(chat, e) for e in drawn]
         y = [chat.encode(e.answer) + [chat.end] for e in drawn]
         rows["anchors"] = train.make_rows(
-            run, prompts, y, None, prompts, cross_entropy, run.cfg.n_anchors / run.cfg.batch
+            prompts, y, None, prompts, cross_entropy, run.cfg.n_anchors / run.cfg.batch
         )
     elif run.cfg.n_anchors:
         rows["anchors"] = train.anchor_rows(run, step)
@@ -456,7 +456,7 @@ def straight(job: dict, options: argparse.Namespace) -> dict:
     def loss(between: GPT, examples: list[Example]) -> float:
         prompts = [contexts.teacher_prompt(chat, e) for e in examples]
         y = [chat.encode(e.answer) + [chat.end] for e in examples]
-        return cosd_loss(between, train.make_rows(run, prompts, y, None, prompts, cross_entropy))[
+        return cosd_loss(between, train.make_rows(prompts, y, None, prompts, cross_entropy))[
             0
         ].item()
 

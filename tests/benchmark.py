@@ -507,7 +507,7 @@ def rounded(objective):
     return on_rounded
 
 
-def logit_ratios(steps: int = 150, seeds: int = 3) -> None:
+def logit_ratios(steps: int = 100, seeds: int = 3) -> None:
     """Four kinds in the world, bf16 autocast, paired by seed: the divergence on fp32 and on rounded
     logits. Along training of the first, the gradient of both on the same rows."""
     import contexts
