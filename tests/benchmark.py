@@ -6,7 +6,8 @@
   generate  tokens a second of `GPT.generate` over transformers' `generate`, same weights, dtype and greedy tokens
   step      time, its split, and peak memory of one COSD step on a real model; beside TRL's SDFTTrainer where --trl-python
             has TRL installed
-  logits    what rounding logits to bf16 before the divergence does to its gradient, and to learning in the world
+  logits    what rounding logits to bf16 before the divergence does to its gradient, and to learning in the world;
+            real-logits: to the gradient on a real model
   merged    how far the policy that writes with adapters folded in is from the one that is scored with them apart
   gpu       all that a card has to show, on random models, with nothing to download: every dtype and shape, the smoke
             preset, resume, tokens a second and a COSD step beside what the card can do, peak memory beside the plan
@@ -532,7 +533,7 @@ def logit_ratios(steps: int = 100, seeds: int = 3) -> None:
                 def rows(run, step, task_rows=train.task_rows, off=off):
                     made = task_rows(run, step)
                     if step in (0, run.cfg.steps - 1) and run.cfg.method == "cosd":
-                        off.append(off_by(run, made))
+                        off.append(off_by(run.student, made, "forward_kl", run.autocast))
                     return made
 
                 kept = train.task_rows, train.make_objective
@@ -556,6 +557,41 @@ def logit_ratios(steps: int = 100, seeds: int = 3) -> None:
                 f"{off[0]:.3f} | {off[-1]:.3f} |",
                 flush=True,
             )
+
+
+def logit_error(folder: str, steps: int = 20, seeds: int = 3) -> None:
+    """The same on a real model that learns to talk like a pirate: the gradient alone, on the way."""
+    from contexts import open_chat, read_context
+
+    prompts_of = open_chat(folder, GPT.from_pretrained(folder).config.vocab_size).render
+    context = read_context(ROOT / "notebooks/data/pirate.json")
+    prompts = [prompts_of(None, question) for question in eight_questions()]
+    theirs = [prompts_of(context, question) for question in eight_questions()]
+    print(
+        f"\n{Path(folder).name}, {steps} steps of 8 prompts x {NEW} tokens: loss, gradient off by"
+    )
+    print("| seed | objective | loss at the start | off by | at the end | off by |\n|" + "---|" * 6)
+    autocast = resolve_device("cpu", "bf16")[2]
+    for seed, name in product(range(seeds), ("forward_kl", "reverse_kl")):
+        student = GPT.from_pretrained(folder)
+        teacher = Teacher(student)
+        low_precision_(teacher.model, torch.bfloat16)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, fused=True)
+        generator, row = torch.Generator().manual_seed(seed), []
+        for step in range(steps + 1):
+            with autocast():
+                ids, mask = student.generate(prompts, NEW, eos={2}, generator=generator)
+                rows = Rows(
+                    prompts, theirs, ids, mask, token_weights(mask), teacher, make_objective(name)
+                )
+                loss, _ = cosd_loss(student, rows)
+            if step in (0, steps):
+                row += [f"{loss.item():.3f}", f"{off_by(student, rows, name, autocast):.3f}"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        print(f"| {seed} | {name} | " + " | ".join(row) + " |", flush=True)
 
 
 @torch.no_grad()
@@ -594,15 +630,13 @@ def merged_ratio(folder: str, rank: int = 16) -> None:
         print(f"| {scale} | " + " | ".join(f"{kl:.2e}" for kl in kls) + " |", flush=True)
 
 
-def off_by(run, rows) -> float:
+def off_by(student: GPT, rows: Rows, name: str, autocast) -> float:
     """|g(rounded) − g| / |g| of these rows."""
     gradients = []
     for how in (lambda f: f, rounded):
-        with run.autocast():
-            loss, _ = cosd_loss(
-                run.student, replace(rows, objective=how(make_objective("forward_kl")))
-            )
-        parts = torch.autograd.grad(loss, list(trained(run.student).values()))
+        with autocast():
+            loss, _ = cosd_loss(student, replace(rows, objective=how(make_objective(name))))
+        parts = torch.autograd.grad(loss, list(trained(student).values()))
         gradients.append(torch.cat([part.flatten() for part in parts]))
     exact, low = gradients
     return ((low - exact).norm() / exact.norm()).item()
@@ -770,6 +804,7 @@ if __name__ == "__main__":
         "generate": lambda: generate_ratios(model, rounds),
         "step": lambda: step_ratios(model, rounds, threads, options.trl_python),
         "logits": logit_ratios,
+        "real-logits": lambda: logit_error(model),
         "merged": lambda: merged_ratio(model),
         "gpu": lambda: on_a_card("auto" if options.device == "cpu" else options.device),
     }
