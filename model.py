@@ -467,7 +467,7 @@ class GPT(nn.Module):
         return assemble(config, weights, theirs.config).requires_grad_(True)
 
     @torch.no_grad()
-    def save_pretrained(self, folder: str, tokenizer=None, eos: Collection[int] = ()):
+    def save_pretrained(self, folder: str, eos: Collection[int] = ()):
         """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read, in the model's
         own dtype; adapters are folded in, in fp32."""
         os.makedirs(folder, exist_ok=True)
@@ -480,12 +480,11 @@ class GPT(nn.Module):
             tensor = torch.cat([weights[ours] for ours in our_names(name)])
             tensor = tensor.t() if ".c_" in name else tensor
             state[name] = tensor.to("cpu", dtype).contiguous()  # no second copy on the device
-        theirs.load_state_dict(state, assign=True)
-        theirs.tie_weights()
         theirs.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None)
-        theirs.save_pretrained(folder)
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
+        if self.config.positions == "rotary":  # transformers 4 reads these, 5 its rope_parameters
+            rope = {name: getattr(self.config, name) for name in ("rope_theta", "rope_scaling")}
+            vars(theirs.config).update(rope)
+        theirs.save_pretrained(folder, state_dict=state)
 
 
 def sample(logits, temperature, top_k, top_p, generator):
