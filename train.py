@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
+from transformers.utils.hub import cached_file
 
 import contexts
 from contexts import (
@@ -174,7 +175,7 @@ def task_rows(run: Run, step: int) -> Rows:
     prompts = [task.show(task.chat, e) for e in examples]
     writer = seeded(cfg.seed, "writer", step).choice(method.writer)
     if writer == "expert":
-        y = [task.chat.encode(e.expert) + [task.chat.end] for e in examples]
+        y = [task.chat.target(e.prompt, e.expert) for e in examples]
     elif writer == "teacher":
         theirs = context_prompts(task, examples)
         y = write(run, run.teacher.model, theirs, cfg.temperature, "offline", step)
@@ -290,7 +291,7 @@ class Config:
     micro_batch: int = flag(0, "prompts at once, the result does not depend on it; 0: all", 0)
     lr: float | None = flag(None, "[cosd 2e-4, sft 1e-4; with --model 5e-5, --lora 5e-4]", 0)
     temperature: float = flag(1.0, "of the rollouts; 0 is greedy", 0)
-    max_new_tokens: int = flag(24, "longest answer", 1)
+    max_new_tokens: int | None = flag(None, "longest answer [24; with --model up to 256]", 1)
     reduction: str = flag("token", "what counts the same in the loss; or sequence, the answer")
     skip: int = flag(0, "first tokens of each answer left out of the loss", 0)
     chunk: int | None = flag(None, "rows of logits held at once; 0: all [0; with --model 32]", 0)
@@ -305,8 +306,7 @@ class Config:
     shots: int | None = flag(None, "lines shown before the prompt [demonstrations 4, else 0]", 0)
     score: str = flag("none", "exact, contains, regex, number, contains:TEXT, path.py:function")
     anchor_file: str | None = flag(None, "JSON lines: prompts for --anchors, and for the drift")
-    unrelated: str | None = flag(None, "a text whose perplexity should not change")
-    export: str = flag("merged", "the model for transformers, adapters folded in; or none")
+    chat_template_kwargs: str = flag("{}", 'as JSON: {"enable_thinking": false}, say')
     dry_run: bool = flag(False, "read everything, say what would be done, and stop")
     # the run
     seed: int = flag(0, "of everything random", 0)
@@ -327,6 +327,7 @@ class Config:
     def resolved(self, method: str) -> Config:
         """With the defaults that depend on the method, and on the built-in world or --model."""
         world = {"steps": 250, "batch": 64, "lr": METHODS[method].lr, "chunk": 0}
+        world["max_new_tokens"] = 24
         own = {"steps": 40, "batch": 8, "lr": 5e-4 if self.lora else 5e-5, "chunk": 32}
         chosen = {"method": method}
         for name, default in (own if self.model else world).items():
@@ -344,7 +345,6 @@ CHOICES = {
     "divergence": [*DIVERGENCES, "policy_gradient"],
     "teacher": ["frozen", "ema", "live"],
     "reduction": ["token", "sequence"],
-    "export": ["merged", "none"],
     "dtype": ["auto", "fp32", "bf16", "fp16"],
 }
 PRESETS = {
@@ -369,7 +369,8 @@ def check_flags(cfg: Config) -> None:
 
 def check_combinations(cfg: Config) -> None:
     """Flags that contradict each other, or that would be ignored without a word."""
-    files = "prompts heldout context_file template shots score anchor_file unrelated export dry_run"
+    files = "prompts heldout context_file template shots score anchor_file chat_template_kwargs"
+    files += " dry_run"
     idle = [spelled(f) for f in files.split() if getattr(cfg, f) != getattr(Config, f)]
     sampled = cfg.divergence == "policy_gradient"
     off_policy = cfg.method in ["offline", "gkd"] or cfg.temperature != 1
@@ -381,7 +382,10 @@ def check_combinations(cfg: Config) -> None:
         (max(cfg.anchors, cfg.ema_rate) > 1, "--anchors and --ema-rate are shares: at most 1"),
         (sampled and cfg.top_k, "policy_gradient sees sampled tokens only: no --top-k"),
         (sampled and off_policy, "policy_gradient needs --method cosd and --temperature 1"),
-        (cfg.skip >= cfg.max_new_tokens, f"--skip {cfg.skip} must be below --max-new-tokens"),
+        (
+            cfg.skip >= (cfg.max_new_tokens or 24),
+            f"--skip {cfg.skip} must be below --max-new-tokens",
+        ),
         (cfg.model and cfg.method == "pretrain", "--method pretrain is the built-in world's"),
     ]:
         if wrong:
@@ -432,16 +436,10 @@ def drift(run: Run, prompts: list[list[int]]) -> float:
     return mean_loss(run, base, prompts, y, REVERSE_KL, student, prompts)
 
 
-def perplexity(run: Run, model: GPT, texts: list[list[int]]) -> float:
-    """exp of the mean −log p of all tokens but the first of each text, which nothing predicts."""
-    first, rest = [text[:1] for text in texts], [text[1:] for text in texts]
-    return math.exp(mean_loss(run, model, first, rest, cross_entropy))
-
-
 def measure(run: Run) -> dict:
     """What the student can do now: the task without C, what is left to learn from C, old skills,
     and how far it moved."""
-    cfg, task, student, probes = run.cfg, run.task, run.student, []
+    task, student, probes = run.task, run.student, []
     prompts = [student_prompt(task.chat, e) for e in task.heldout]
     y = write(run, student, prompts, 1, "held-out KL")
     theirs = context_prompts(task, task.heldout, y)
@@ -456,8 +454,6 @@ def measure(run: Run) -> dict:
         probes += in_context
     if probes:
         result["drift"] = drift(run, probes)
-    if cfg.unrelated:
-        result["perplexity"] = perplexity(run, student, task.paragraphs)
     return result
 
 
@@ -672,20 +668,26 @@ def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
     return run.result
 
 
-def export(run: Run) -> None:
-    """What transformers and vLLM load: the model with its adapters folded in."""
-    from transformers import AutoTokenizer
+TOKENIZER_FILES = "*token* vocab* merges.txt *.model *.jinja chat_template*".split()
 
-    cfg, folder = run.cfg, run.folder / "export"
+
+def export(run: Run) -> None:
+    """What transformers, 4 or 5, and vLLM load: the model, adapters folded in, and the files of the
+    tokenizer that it came with."""
+    folder = run.folder / "export"
+    if not run.cfg.model:
+        return
     shutil.rmtree(folder, ignore_errors=True)  # of a stopped try
-    if cfg.model and cfg.export == "merged":
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        run.student.save_pretrained(folder, tokenizer, run.task.chat.ends)
+    with reading(f"{folder} could not be written"):
+        run.student.save_pretrained(folder, run.task.chat.ends)
+        source = Path(cached_file(run.cfg.model, "config.json")).parent
+        for path in {path for pattern in TOKENIZER_FILES for path in source.glob(pattern)}:
+            shutil.copy(path, folder)
 
 
 def input_files(cfg: Config) -> list[Path]:
     lines, shown = [cfg.prompts, cfg.heldout, cfg.anchor_file], [cfg.context_file, cfg.template]
-    named = [*lines, *shown, cfg.unrelated, cfg.score.rpartition(":")[0]]
+    named = [*lines, *shown, cfg.score.rpartition(":")[0]]
     return [Path(name) for name in named if Path(name or ".").is_file()]
 
 
@@ -698,7 +700,11 @@ def run_own(cfg: Config) -> dict:
                 raise BadInput(f"{path} lies in the output folder {place}: copy it elsewhere first")
     with reading(f"--model {cfg.model}"):
         shape = read_config(cfg.model)
-        chat = contexts.open_chat(cfg.model, shape.vocab_size)
+        chat = contexts.open_chat(
+            cfg.model, shape.vocab_size, **json.loads(cfg.chat_template_kwargs)
+        )
+    if cfg.max_new_tokens is None:
+        cfg = replace(cfg, max_new_tokens=min(256, shape.max_len // 4))
     task = contexts.file_task(cfg, chat, shape.max_len)
     longest = max(len(teacher_prompt(chat, e)) for e in task.heldout)
     print(

@@ -12,6 +12,7 @@ is bf16, as on a card that has it, wherever this runs.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from dataclasses import replace
@@ -142,7 +143,7 @@ def with_experts(cfg: Config, task: Task) -> Config:
     if "expert" not in METHODS[cfg.method].writer:
         return cfg
     examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
-    written = max(len(task.chat.encode(e.expert)) + 1 for e in examples)
+    written = max(len(task.chat.target(e.prompt, e.expert)) for e in examples)
     return replace(cfg, max_new_tokens=max(cfg.max_new_tokens, written))
 
 
@@ -254,7 +255,10 @@ def main(argv: list[str] | None = None) -> int:
             raise BadInput("--model FOLDER is missing; the built-in world fits anywhere")
         with reading(f"--model {cfg.model}"):
             shape = read_config(cfg.model)
-            chat = contexts.open_chat(cfg.model, shape.vocab_size)
+            template_args = json.loads(cfg.chat_template_kwargs)
+            chat = contexts.open_chat(cfg.model, shape.vocab_size, **template_args)
+        if cfg.max_new_tokens is None:
+            cfg = replace(cfg, max_new_tokens=min(256, shape.max_len // 4))
         dtype = torch.bfloat16
         if cfg.dtype != "auto" or not given.card:
             dtype = resolve_device(cfg.device, cfg.dtype)[1]

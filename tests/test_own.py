@@ -58,7 +58,6 @@ def lines(path, rows):
 def files(tmp_path):
     (tmp_path / "pirate.json").write_text(json.dumps(PIRATE))
     (tmp_path / "spec.md").write_text("# Rules\n\nNever {say} no.\n")
-    (tmp_path / "text.txt").write_text("A plain text.\n\nWith two paragraphs.")
     lines(tmp_path / "train.jsonl", ROWS)
     asked = [row | {"prompt": row["prompt"].replace("What is", "Tell me")} for row in ROWS[:6]]
     lines(tmp_path / "heldout.jsonl", asked)
@@ -132,7 +131,9 @@ def students(monkeypatch):
 @pytest.mark.parametrize("context", KINDS)
 def test_every_kind_by_every_method(files, checkpoint, students, context, method):
     result = run_one(files, checkpoint, context, method=method, score="contains")
-    assert {"score"} == result["before"]["teacher"].keys() == result["after"]["task"].keys()
+    assert (
+        {"score", "cut_off"} == result["before"]["teacher"].keys() == result["after"]["task"].keys()
+    )
     assert result["before"]["kl"] > 0 < result["after"]["kl"] and result["after"]["drift_new"] > 0
     assert result["before"]["drift_new"] == pytest.approx(0, abs=1e-6)
     assert result["before"]["tokens_saved"] > 0
@@ -152,16 +153,13 @@ def test_every_kind_by_every_method(files, checkpoint, students, context, method
         {"lora": 2, "dtype": "bf16", "teacher": "ema"},
         {"lora": 2, "dtype": "fp16", "teacher": "live"},
         {"dtype": "bf16", "divergence": "reverse_kl", "reduction": "sequence", "skip": 1},
-        {"divergence": "policy_gradient", "export": "none", "shots": 2},
-        {"export": "none", "method": "all", "heldout": None},
+        {"divergence": "policy_gradient", "shots": 2},
+        {"method": "all", "heldout": None},
     ],
 )
 def test_other_choices_and_their_export(files, checkpoint, students, changes):
     result = run_one(files, checkpoint, **changes)
     export = Path(result["folder"]) / "export"
-    if changes.get("export") == "none":
-        assert not export.exists() and state_of(result)["model"]
-        return
     ids, theirs = their_logits(export)
     assert theirs.dtype == torch.float32
     torch.testing.assert_close(theirs, students[0](ids), rtol=1e-4, atol=1e-5)
@@ -194,7 +192,7 @@ def test_a_second_end_token_is_kept_in_the_export(files, tmp_path):
 
 
 def test_the_students_kl_to_the_teacher_falls(files, checkpoint):
-    result = run_one(files, checkpoint, steps=40, batch=8, lr=0.003, eval_every=20, export="none")
+    result = run_one(files, checkpoint, steps=40, batch=8, lr=0.003, eval_every=20)
     kl = [result["before"]["kl"], *[row["kl"] for row in result["curve"]], result["after"]["kl"]]
     assert len(kl) == 4 and kl[-1] < 0.7 * kl[0]
 
@@ -240,21 +238,26 @@ def test_kl_before_and_after_by_hand(files, checkpoint, monkeypatch):
     assert result["after"]["kl"] != pytest.approx(result["before"]["kl"], rel=0.01)
 
 
-def test_the_perplexity_of_an_unrelated_text_by_hand(files, checkpoint):
-    result = run_one(files, checkpoint, unrelated=files / "text.txt", lr=0.01)
+def test_the_perplexity_of_a_text_by_hand(files, checkpoint, capsys):
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    import perplexity
+
+    (files / "text.txt").write_text("A plain text.\n\nWith two paragraphs.\n\nx\n")
+    result = run_one(files, checkpoint, lr=0.01)
+    folders = [checkpoint, f"{result['folder']}/export"]
+    capsys.readouterr()
+    assert perplexity.main([str(files / "text.txt"), *folders]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    for folder, measured in [
-        (checkpoint, result["before"]["perplexity"]),
-        (f"{result['folder']}/export", result["after"]["perplexity"]),
-    ]:
+    for folder, said in zip(folders, capsys.readouterr().out.splitlines()):
         theirs, nats = transformers.AutoModelForCausalLM.from_pretrained(folder), []
         for text in ("A plain text.", "With two paragraphs."):
             ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
             logs = theirs(ids).logits.detach()[0, :-1].log_softmax(-1)
             nats += [-row[token].item() for row, token in zip(logs, ids[0, 1:])]
-        by_hand = torch.tensor(nats).mean().exp().item()
-        assert measured == pytest.approx(by_hand, rel=1e-4)
-    assert result["before"]["perplexity"] != result["after"]["perplexity"]
+        assert said == f"{torch.tensor(nats).mean().exp():8.2f}  {folder}"
+    (files / "text.txt").write_text("x")
+    assert perplexity.main([str(files / "text.txt"), checkpoint]) == 2
+    assert "text.txt: no paragraph has two tokens" in capsys.readouterr().err
 
 
 def test_anchors_from_a_file_are_scored_by_the_base(files, checkpoint, monkeypatch):
@@ -328,7 +331,7 @@ def killed(argv, target, when):
 @pytest.mark.parametrize(
     "target, when, changes",
     [
-        ("task_rows", 4, {"teacher": "ema", "lora": 2, "export": "none"}),
+        ("task_rows", 4, {"teacher": "ema", "lora": 2}),
         ("save_run", 7, {}),  # the export is written, the result not saved
     ],
 )
@@ -386,12 +389,6 @@ def test_a_new_export_leaves_nothing_of_a_stopped_one(files, checkpoint, monkeyp
     result = run_one(files, checkpoint, lora=2, resume=True)
     found = [path.stem for path in Path(result["folder"]).glob("export/*.safetensors")]
     assert found == ["model"] and not list((files / "out").glob("*.unfinished"))
-
-
-def test_another_export_is_another_run(files, checkpoint):
-    without = run_one(files, checkpoint, export="none")
-    merged = run_one(files, checkpoint, resume=True)
-    assert merged["folder"] != without["folder"] and (Path(merged["folder"]) / "export").exists()
 
 
 def test_adapters_that_cannot_be_written_are_refused_in_one_line(files, checkpoint, capsys):
@@ -467,7 +464,6 @@ CASES = {  # what is wrong: {file: content}, flags, what is said
         "ZeroDiv",
     ),
     "template": ({"t.txt": "nothing"}, {"template": "t.txt"}, "must be {context}"),
-    "no text": ({"u.txt": "x"}, {"unrelated": "u.txt"}, "no paragraph has two tokens"),
     "anchors": ({"a.jsonl": '{"prompt": "a"}'}, {"anchor_file": "a.jsonl"}, "a.jsonl: "),
     "no model": ({}, {"model": "/nowhere/model"}, "--model /nowhere/model: "),
 }
