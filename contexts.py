@@ -641,10 +641,9 @@ def file_task(cfg, chat, max_len):  # all that can be wrong with the files is fo
     for e, prompt in zip(examples, prompts):
         written = len(chat.target(e.prompt, e.expert)) if imitated else 0
         over = len(prompt) + max(written, new) - max_len
-        if over > 0:
+        if over > 0:  # with C and its answer
             raise BadInput(
-                f"{e.row['where']}: the prompt with its context and its answer exceed the model's "
-                f"{max_len} positions by {over}: shorten it, or --max-new-tokens"
+                f"{e.row['where']}: {over} tokens too many: shorten, or --max-new-tokens"
             )
 
     def draw(rng, row=None):

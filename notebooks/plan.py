@@ -257,8 +257,6 @@ def main(argv: list[str] | None = None) -> int:
             shape = read_config(cfg.model)
             template_args = json.loads(cfg.chat_template_kwargs)
             chat = contexts.open_chat(cfg.model, shape.vocab_size, **template_args)
-        if cfg.max_new_tokens is None:
-            cfg = replace(cfg, max_new_tokens=min(256, shape.max_len // 4))
         dtype = torch.bfloat16
         if cfg.dtype != "auto" or not given.card:
             dtype = resolve_device(cfg.device, cfg.dtype)[1]
