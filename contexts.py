@@ -405,7 +405,7 @@ def read_json(text):
 
 
 def read_turns(value, name):  # a chat: [{"role": ..., "content": ...}, ...]
-    roles = " ".join(turn["role"] if turn["content"].strip() else "(empty)" for turn in value)
+    roles = " ".join(turn["role"] if str.strip(turn["content"]) else "(empty)" for turn in value)
     if not re.fullmatch(CHATS[name], roles):
         rule = "after an optional system turn, user and assistant alternate, none empty; a prompt"
         rule += " ends with the user's turn, a context with the assistant's"

@@ -464,6 +464,8 @@ class GPT(nn.Module):
                 tensor = tensor.t().contiguous()
             ours = our_names(name)
             weights.update(zip(ours, tensor.chunk(len(ours))))
+        if config.tied and not torch.equal(weights["head.weight"], weights["embed.weight"]):
+            raise ValueError(f"{folder}: a tied head that is another matrix than the embedding")
         return assemble(config, weights, theirs.config).requires_grad_(True)
 
     @torch.no_grad()
@@ -480,11 +482,13 @@ class GPT(nn.Module):
             tensor = torch.cat([weights[ours] for ours in our_names(name)])
             tensor = tensor.t() if ".c_" in name else tensor
             state[name] = tensor.to("cpu", dtype).contiguous()  # no second copy on the device
+        theirs.load_state_dict(state, assign=True)
+        theirs.tie_weights()
         theirs.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None)
         if self.config.positions == "rotary":  # transformers 4 reads these, 5 its rope_parameters
             rope = {name: getattr(self.config, name) for name in ("rope_theta", "rope_scaling")}
             vars(theirs.config).update(rope)
-        theirs.save_pretrained(folder, state_dict=state)
+        theirs.save_pretrained(folder)
 
 
 def sample(logits, temperature, top_k, top_p, generator):

@@ -680,10 +680,11 @@ def input_files(cfg: Config) -> list[Path]:
 def run_own(cfg: Config) -> dict:
     """A run on the user's model and files. Whatever is wrong with the files shows up before any
     weight is loaded."""
-    model = Path(cfg.model)
+    path = Path(cfg.model)
     with reading(f"--model {cfg.model}"):
-        local = model.is_absolute() or model.parent.name and model.parent.is_dir()  # or a hub's
-        if (local or model.is_dir()) and not (model / "config.json").is_file():
+        # A name of the hub, or a path: out/x, where there is a folder out, is a path.
+        local = cfg.model[0] in "./~" or path.exists() or path.parent.name and path.parent.is_dir()
+        if local and not (path / "config.json").is_file():
             raise ValueError("no config.json there: name a folder with a whole model, not adapters")
         shape = read_config(cfg.model)
         how = json.loads(cfg.chat_template_kwargs)

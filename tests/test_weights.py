@@ -209,6 +209,33 @@ def test_original_gpt2_files_without_prefix_and_with_their_old_buffers(tmp_path)
         assert relative_error(GPT.from_pretrained(tmp_path)(ids), theirs(ids).logits) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["head alone", "embedding alone", "both", "another head"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_a_tied_checkpoint_by_whichever_name_it_holds(case, family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    theirs = hugging_face_model(family, tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    name = {"Llama": "model.embed_tokens.weight", "GPT2": "transformer.wte.weight"}[family]
+    embedding = state.pop(name)
+    if case != "head alone":
+        state[name] = embedding
+    if case != "embedding alone":
+        state["lm_head.weight"] = embedding.clone() + (case == "another head")
+    save_file(state, file, metadata={"format": "pt"})
+    if case == "another head":  # transformers unties these, whatever the config says
+        with pytest.raises(ValueError, match="a tied head that is another matrix"):
+            GPT.from_pretrained(tmp_path)
+        return
+    mine = GPT.from_pretrained(tmp_path)
+    assert mine.head.weight is mine.embed.weight and torch.equal(mine.embed.weight, embedding)
+    mine.save_pretrained(tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(held) == len(theirs.state_dict()) - 1  # written once
+
+
 def test_dtype_by_choice_and_sampling_from_loaded_weights(tmp_path):
     hugging_face_model("Qwen2").save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
