@@ -261,9 +261,11 @@ def main(argv: list[str]) -> int:
         print("usage: python notebooks/report.py FOLDER", file=sys.stderr)
         return 2
     try:
-        print(
-            f"\n{report(Path(argv[0]))}\nWritten to {argv[0]}: results.md, results.json, figure.png"
-        )
+        text = report(Path(argv[0]))
+        print(f"\n{text}\nWritten to {argv[0]}: results.md, results.json, figure.png", flush=True)
+        return 0
+    except BrokenPipeError:  # `| head` has seen enough, and the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (BadInput, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
@@ -271,4 +273,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ‖
     sys.exit(main(sys.argv[1:]))

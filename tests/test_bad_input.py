@@ -4,13 +4,17 @@ code 2, nothing trained. Each case stands for its kind."""
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 import train
-from train import main
+from contexts import BadInput
+from train import Config, main
 
 PROMPTS = "".join(
     json.dumps({"prompt": f"What is {i}?", "answer": f"{i}"}) + "\n" for i in range(24)
@@ -51,7 +55,9 @@ def run(**changes):
     }
     argv = []
     for name, value in (chosen | changes).items():
-        if value is not None:
+        if value is True:
+            argv.append(train.spelled(name))
+        elif value is not None:
             argv += [train.spelled(name), str(value)]
     try:
         return main(argv)
@@ -214,3 +220,65 @@ def test_bad_input_is_one_line_and_exit_code_2(place, capsys, case):
         assert words in line, line
     assert len(line) < 800 and time.monotonic() - began < 10
     assert not list(place.glob("*/*/state.pt"))
+
+
+# ------------------------------------------------------------------------- what is no input, but fails
+def test_an_export_that_cannot_be_written_is_one_line_and_resumed(place, capsys, monkeypatch):
+    class RustError(Exception):
+        """As safetensors': neither OSError nor RuntimeError."""
+
+    def full(self, folder, eos):
+        raise RustError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(train.GPT, "save_pretrained", full)
+    assert run() == 2
+    (work,) = place.glob("out/*.unfinished")
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: {work.relative_to(place)}/export could not be written: " in said
+    assert "No space left on device" in said
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(
+        train, "subprocess", SimpleNamespace(run=lambda *a, **k: None, CalledProcessError=OSError)
+    )
+    shutil.rmtree(work / "export", ignore_errors=True)
+    (work / "export").write_text("a file")
+    assert run(resume=True) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{work.relative_to(place)}/export could not be written: FileExistsError" in said
+    (work / "export").unlink()
+    assert run(resume=True) == 0 and not list(place.glob("out/*.unfinished"))
+    assert list(place.glob("out/*/export/model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"steps": "5"}, "--steps '5': TypeError"),
+        ({"lr": "high"}, "--lr 'high': TypeError"),
+        ({"context": 3}, "--context 3: choose from all, demonstrations"),
+        ({"out": "\udcff"}, "--out '\\udcff': "),
+    ],
+)
+def test_a_config_from_a_notebook_is_checked_as_well(changes, said):
+    with pytest.raises(BadInput) as error:
+        Config(**changes)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_a_terminal_without_the_signs_and_a_reader_who_leaves_stop_nothing(place):
+    """`python train.py ... | head` in ASCII."""
+    argv = [sys.executable, str(ROOT / "train.py"), "--model", "model", "--context", "instructions"]
+    argv += ["--prompts", "train.jsonl", "--context-file", "c.txt", "--max-new-tokens", "2"]
+    argv += ["--steps", "2", "--batch", "2", "--eval-size", "1", "--device", "cpu"]
+    here = os.environ | {
+        "PYTHONIOENCODING": "ascii",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    child = subprocess.Popen(argv, env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    err = child.stderr.read().decode()
+    assert child.wait() == 0, err
+    assert "student {'cut_off'" in err and list(place.glob("out/*/export/model.safetensors"))
+    assert "‖" in (place / "out" / "results.md").read_text(encoding="utf-8")
