@@ -636,11 +636,11 @@ def file_task(cfg, chat, max_len):  # all that can be wrong with the files is fo
             for part in read_split(cfg.anchor_file)
         )
         examples += anchors + kept
-    prompts = [teacher_prompt(chat, e) for e in tqdm(examples, "prompts", delay=2)]
-    new = cfg.max_new_tokens * (1 + ("{attempt}" in template))
-    for e, prompt in zip(examples, prompts):
+    prompts, new = [], cfg.max_new_tokens * (1 + ("{attempt}" in template))
+    for e in tqdm(examples, "reading prompts", delay=2):
+        prompts.append(teacher_prompt(chat, e))
         written = len(chat.target(e.prompt, e.expert)) if imitated else 0
-        over = len(prompt) + max(written, new) - max_len
+        over = len(prompts[-1]) + max(written, new) - max_len
         if over > 0:  # with C and its answer
             raise BadInput(
                 f"{e.row['where']}: {over} tokens too many: shorten, or --max-new-tokens"

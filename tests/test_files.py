@@ -176,6 +176,27 @@ def test_d_solution_and_shots_in_the_same_form(files, checkpoint):
     assert "20 =" not in student
 
 
+def test_rows_of_messages_are_read_as_they_are_everywhere(files, checkpoint):
+    said = [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    begin = [{"role": role, "content": content} for role, content in said]
+    row = {"id": 7, "messages": [*begin, {"role": "assistant", "content": "d"}]}
+    lines(files / "heldout.jsonl", [row])
+    (read,) = read_prompts(str(files / "heldout.jsonl"))
+    assert read["prompt"] == begin and read["answer"] == "d" and read["id"] == 7
+    task = task_of(files, checkpoint, "instructions", score="exact")
+    (example,) = task.heldout
+    asked = "".join(turn(*what) for what in said) + HEADER
+    assert texts(task, example)[0] == asked
+    assert task.chat.decode(task.chat.target(example.prompt, example.expert)) == "d<|im_end|>"
+    assert task.grade(example, "d") == {"cut_off": False, "score": 1.0}
+    short = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    lines(files / "train.jsonl", [short] + [{"prompt": f"{i}", "answer": f"{i}"} for i in range(3)])
+    task = task_of(files, checkpoint, "demonstrations", shots=3)  # a chat may be a shot, too
+    teacher = texts(task, task.heldout[0])[1]
+    assert turn("user", "a") + turn("assistant", "b") in teacher
+    assert teacher.count("<|im_start|>") == 6 + len(said) + 1 and "Be kind." in teacher
+
+
 def test_only_the_last_turn_of_a_chat_is_dressed(files, checkpoint):
     said = [("user", "a"), ("assistant", "b"), ("user", "c")]
     chat = [{"role": role, "content": content} for role, content in said]
@@ -264,7 +285,9 @@ def test_the_four_kinds_have_nothing_to_do_after_the_rollout(files, checkpoint):
     assert all(task_of(files, checkpoint, kind).after is None for kind in KINDS)
 
 
-def test_ten_thousand_prompts_take_no_longer_each_than_a_thousand(files):
+def test_ten_thousand_prompts_take_no_longer_each_than_a_thousand(files, monkeypatch):
+    bars = []
+    monkeypatch.setattr(contexts, "tqdm", lambda rows, said, delay: bars.append(len(rows)) or rows)
     chat = Chat(lambda c, x: list(range(20)), lambda x, y: [0], str, {0})
     seconds = []
     for count in (1000, 8000):
@@ -275,6 +298,7 @@ def test_ten_thousand_prompts_take_no_longer_each_than_a_thousand(files):
         file_task(cfg, chat, 512)
         seconds.append(time.process_time() - began)
     assert seconds[1] < 24 * seconds[0]  # 8 times as many; quadratic would be 64
+    assert bars == [2 * 1000 + 6, 2 * 8000 + 6]  # each is read once, under a bar
 
 
 # ---------------------------------------------------------------------------- tokens and their ends
