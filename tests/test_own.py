@@ -191,6 +191,25 @@ def test_a_second_end_token_is_kept_in_the_export(files, tmp_path):
     assert open_chat(f"{result['folder']}/export", 264).ends == {5, 257}
 
 
+def test_the_export_has_the_files_of_the_original_tokenizer(files, tmp_path):
+    """To the byte: written by another version of transformers they may name a class that nobody else knows."""
+    folder = tiny_checkpoint(tmp_path / "model")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told["tokenizer_class"] = "PreTrainedTokenizerFast"  # as transformers 4 writes it
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    for name in ("special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model"):
+        (folder / name).write_text("{}")
+    (folder / "README.md").write_text("of the base")
+    (folder / "tokenizers").mkdir()
+    export = Path(run_one(files, str(folder))["folder"]) / "export"
+    names = {path.name for path in export.iterdir()}
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    theirs = {path.name for path in folder.iterdir() if path.is_file()} - weights - {"README.md"}
+    assert names == weights | theirs and "chat_template.jinja" in theirs
+    for name in theirs:
+        assert (export / name).read_bytes() == (folder / name).read_bytes()
+
+
 def test_the_students_kl_to_the_teacher_falls(files, checkpoint):
     result = run_one(files, checkpoint, steps=40, batch=8, lr=0.003, eval_every=20)
     kl = [result["before"]["kl"], *[row["kl"] for row in result["curve"]], result["after"]["kl"]]
