@@ -264,8 +264,7 @@ def grade(example, text):
 # ========================================================================================= 3. tasks
 @dataclass
 class Chat:
-    """How text becomes a model's tokens and back. Student and teacher prompts end in the very same
-    assistant header; an answer is whatever tokens follow that header."""
+    """Text to tokens. Student and teacher prompts end in the same header; an answer follows it."""
 
     render: Callable  # (C or None, x) -> ids, ending with the header
     target: Callable  # (x, an expert's answer) -> the ids that follow it, the last an end token

@@ -661,8 +661,7 @@ def run_method(cfg: Config, task: contexts.Task, student: GPT, base: str) -> dic
 
 
 def export(run: Run) -> None:
-    """What transformers, 4 or 5, and vLLM load: the model, adapters folded in, and the files of the
-    tokenizer that it came with."""
+    """What transformers 4 and 5 and vLLM load: the merged model, its tokenizer's original files."""
     folder = run.folder / "export"
     shutil.rmtree(folder, ignore_errors=True)  # of a stopped try
     with reading(f"{folder} could not be written"):
