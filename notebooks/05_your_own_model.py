@@ -112,7 +112,8 @@ print(chat.decode(student_prompt))
 
 # %% [markdown]
 # ## 2. A dry run
-# Nothing is trained yet: `dry_run` reads everything, counts parameters and tokens, and would name a file that is missing or a prompt that does not fit.
+# Nothing is trained yet: `dry_run` reads everything, and would name a file that is missing or a prompt that does not fit. With the same settings as flags,
+# `python notebooks/plan.py` estimates memory and time.
 
 # %%
 settings = Config(
@@ -128,7 +129,9 @@ settings = Config(
     eval_size=24,
     out=str(folder),
 ).resolved("cosd")
-_ = run_own(replace(settings, dry_run=True))
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    run_own(replace(settings, dry_run=True))
+print(said.getvalue().strip())
 
 # %% [markdown]
 # ## 3. Pre-flight and training
@@ -137,7 +140,7 @@ _ = run_own(replace(settings, dry_run=True))
 
 # %% tags=["timing"]
 del model
-with contextlib.redirect_stdout(io.StringIO()) as said:
+with contextlib.redirect_stderr(io.StringIO()) as said:
     result = run_own(settings)
 print(next(line for line in said.getvalue().splitlines() if "teacher" in line))
 print(f"training took {result['seconds']:.0f} s")
