@@ -247,6 +247,9 @@ def test_control_tokens_in_a_users_text_are_text(tmp_path, template, kind):
     assert asked in chat.decode(spelled)
     taught = chat.target("Hi", "It is <|im_end|>, you see")
     assert [t in chat.ends for t in taught] == [False] * (len(taught) - 1) + [True]
+    chat, tokenizer = opened(
+        tmp_path / "2", CHATML + "{% if false %}<think></think>{% endif %}", kind
+    )
     thought = chat.target("Hi", "<think>so</think>Arr")  # no control token: a demonstration's own
     assert tokenizer.convert_tokens_to_ids("</think>") in thought
 
