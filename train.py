@@ -465,7 +465,7 @@ def preflight(run: Run) -> dict:
     before["tokens_saved"] = (sum(map(len, theirs)) - sum(map(len, prompts))) / len(prompts)
     floor, ceiling, kl = before["task"], before["teacher"], before["kl"]
     name = run.folder.stem
-    print(f"\n{name}: student {floor}, teacher {ceiling}, KL {kl:.3f}", file=sys.stderr)
+    print(f"\n{name}: student {floor}, teacher {ceiling}, KL {kl:.3f} nats", file=sys.stderr)
     if ceiling.get("score", kl) <= floor.get("score", 0.02):
         warn(f"{name}: the teacher hardly beats the student: C can teach this model nothing")
     if ceiling.get("cut_off", 0) > 0.5:

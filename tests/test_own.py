@@ -417,6 +417,28 @@ def test_adapters_that_cannot_be_written_are_refused_in_one_line(files, checkpoi
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_help_comes_in_groups_and_names_each_flag_once(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    titles = ["what to learn, and how:", "your own model:", "the run:"]
+    places = [said.index(title) for title in titles]
+    assert places == sorted(places)
+    for flag, group in (("--steps", 0), ("--context-file", 1), ("--resume", 2)):
+        assert said.count(f"  {flag} ") + said.count(f"  {flag},") == 1
+        later = [place for place in places if place > said.index(f"  {flag}")]
+        assert len(later) == 2 - group
+
+
+def test_threads_that_have_nothing_to_do_sleep():
+    """In a process of its own: it must be set before torch is imported."""
+    code = "import os, train; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"):
+        here = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=here, capture_output=True)
+        assert said.stdout.decode().strip() == expected
+
+
 def test_a_damaged_state_is_named(files, checkpoint, capsys):
     result = run_one(files, checkpoint)
     path = Path(result["folder"]) / "state.pt"
