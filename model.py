@@ -464,10 +464,12 @@ class GPT(nn.Module):
                 tensor = tensor.t().contiguous()
             ours = our_names(name)
             weights.update(zip(ours, tensor.chunk(len(ours))))
+        if config.tied and not torch.equal(weights["head.weight"], weights["embed.weight"]):
+            raise ValueError(f"{folder}: a tied head that is another matrix than the embedding")
         return assemble(config, weights, theirs.config).requires_grad_(True)
 
     @torch.no_grad()
-    def save_pretrained(self, folder: str, tokenizer=None, eos: Collection[int] = ()):
+    def save_pretrained(self, folder: str, eos: Collection[int] = ()):
         """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read, in the model's
         own dtype; adapters are folded in, in fp32."""
         os.makedirs(folder, exist_ok=True)
@@ -483,9 +485,10 @@ class GPT(nn.Module):
         theirs.load_state_dict(state, assign=True)
         theirs.tie_weights()
         theirs.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None)
+        if self.config.positions == "rotary":  # transformers 4 reads these, 5 its rope_parameters
+            rope = {name: getattr(self.config, name) for name in ("rope_theta", "rope_scaling")}
+            vars(theirs.config).update(rope)
         theirs.save_pretrained(folder)
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
 
 
 def sample(logits, temperature, top_k, top_p, generator):

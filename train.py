@@ -32,31 +32,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin ruin a busy machine
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
+from transformers.utils.hub import cached_file
 
 import contexts
-from contexts import (
-    KINDS,
-    BadInput,
-    Task,
-    context_prompts,
-    reading,
-    seeded,
-    student_prompt,
-    teacher_prompt,
-)
-from cosd import (
-    DIVERGENCES,
-    Rows,
-    Teacher,
-    cosd_loss,
-    cross_entropy,
-    make_objective,
-    token_probabilities,
-    token_weights,
-)
+import cosd
+from contexts import KINDS, BadInput, context_prompts, reading, student_prompt, teacher_prompt, warn
+from cosd import DIVERGENCES, Rows, Teacher, cosd_loss, cross_entropy, make_objective, token_weights
 from model import (
     GPT,
     GPTConfig,
@@ -87,6 +72,7 @@ METHODS = {
     "pretrain": Method(("expert",), "cross_entropy", 3e-3, warmup=50, weight_decay=0.1),
 }
 SAVE_SECONDS = 60  # between two checkpoints
+BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
 
 
 # ====================================================================================== 1. the loop
@@ -95,7 +81,7 @@ class Run:
     """What the loop works on, and what a checkpoint saves of it."""
 
     cfg: Config
-    task: Task
+    task: contexts.Task
     student: GPT
     teacher: Teacher
     base: Teacher  # the student as it was, frozen: it scores anchors and measures drift
@@ -116,7 +102,7 @@ class Run:
 def fit(run: Run) -> None:
     """The training loop, in order of time."""
     cfg, method, student, scaler = run.cfg, METHODS[run.cfg.method], run.student, run.scaler
-    bar = tqdm(total=cfg.steps, initial=run.step, desc=run.folder.stem, dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=run.step, desc=run.folder.stem, bar_format=BAR)
     save_at = time.perf_counter() + SAVE_SECONDS
     with stopping() as stop, bar:
         for step in range(run.step, cfg.steps):
@@ -172,9 +158,9 @@ def task_rows(run: Run, step: int) -> Rows:
     cfg, task, method = run.cfg, run.task, METHODS[run.cfg.method]
     examples = task.draw_batch(cfg.seed, step, cfg.batch - cfg.n_anchors)
     prompts = [task.show(task.chat, e) for e in examples]
-    writer = seeded(cfg.seed, "writer", step).choice(method.writer)
+    writer = contexts.seeded(cfg.seed, "writer", step).choice(method.writer)
     if writer == "expert":
-        y = [task.chat.encode(e.expert) + [task.chat.end] for e in examples]
+        y = [task.chat.target(e.prompt, e.expert) for e in examples]
     elif writer == "teacher":
         theirs = context_prompts(task, examples)
         y = write(run, run.teacher.model, theirs, cfg.temperature, "offline", step)
@@ -192,7 +178,7 @@ def anchor_rows(run: Run, step: int) -> Rows:
     """Old prompts under other contexts or none, answered by the student and scored by the base in
     the same context: replay from the model's own distribution, for every method alike."""
     cfg, task = run.cfg, run.task
-    rng = seeded(cfg.seed, task.kind, "anchors", step)
+    rng = contexts.seeded(cfg.seed, task.kind, "anchors", step)
     prompts = [teacher_prompt(task.chat, task.draw_anchor(rng)) for _ in range(cfg.n_anchors)]
     y = write(run, run.student, prompts, cfg.temperature, "anchors", step)
     share = cfg.n_anchors / cfg.batch
@@ -203,7 +189,7 @@ def write(run: Run, model: GPT, prompts, temperature, *what) -> list:
     """Completions y of the prompts by a model, as lists of tokens; `what` names their random
     numbers."""
     cfg, y, at_once = run.cfg, [], 2 * run.cfg.batch
-    seed = seeded(cfg.seed, run.task.kind, *what).getrandbits(60)
+    seed = contexts.seeded(cfg.seed, run.task.kind, *what).getrandbits(60)
     generator = torch.Generator(model.device).manual_seed(seed)
     how = {"temperature": temperature, "eos": run.task.chat.ends, "generator": generator}
     for i in range(0, len(prompts), at_once):
@@ -277,7 +263,6 @@ def flag(default, about: str, low: float | None = None):
 
 @dataclass(frozen=True)
 class Config:
-    # what to learn, and how
     context: str = flag("all", "a kind of contexts.KINDS; all: every kind, in the built-in world")
     method: str = flag("all", "of METHODS; all: COSD and SFT; pretrain: the world's base alone")
     divergence: str = flag("forward_kl", "or reverse_kl, jsd, policy_gradient (sampled tokens)")
@@ -290,13 +275,12 @@ class Config:
     micro_batch: int = flag(0, "prompts at once, the result does not depend on it; 0: all", 0)
     lr: float | None = flag(None, "[cosd 2e-4, sft 1e-4; with --model 5e-5, --lora 5e-4]", 0)
     temperature: float = flag(1.0, "of the rollouts; 0 is greedy", 0)
-    max_new_tokens: int = flag(24, "longest answer", 1)
+    max_new_tokens: int | None = flag(None, "longest answer, in tokens [24; with --model 256]", 1)
     reduction: str = flag("token", "what counts the same in the loss; or sequence, the answer")
     skip: int = flag(0, "first tokens of each answer left out of the loss", 0)
     chunk: int | None = flag(None, "rows of logits held at once; 0: all [0; with --model 32]", 0)
     lora: int = flag(0, "rank of the adapters; 0: train all weights", 0)
     checkpointing: bool = flag(False, "compute blocks again in the backward pass, to save memory")
-    # your own model and files
     model: str | None = flag(None, "a folder or hub name; without it, the built-in world")
     prompts: str | None = flag(None, "JSON lines to train on")
     heldout: str | None = flag(None, "JSON lines to score on [every eighth line of --prompts]")
@@ -305,10 +289,8 @@ class Config:
     shots: int | None = flag(None, "lines shown before the prompt [demonstrations 4, else 0]", 0)
     score: str = flag("none", "exact, contains, regex, number, contains:TEXT, path.py:function")
     anchor_file: str | None = flag(None, "JSON lines: prompts for --anchors, and for the drift")
-    unrelated: str | None = flag(None, "a text whose perplexity should not change")
-    export: str = flag("merged", "the model for transformers, adapters folded in; or none")
+    chat_template_kwargs: str = flag("{}", 'as JSON: {"enable_thinking": false}, say')
     dry_run: bool = flag(False, "read everything, say what would be done, and stop")
-    # the run
     seed: int = flag(0, "of everything random", 0)
     seeds: int = flag(1, "how many, from --seed on; the table gives mean ± deviation", 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -326,8 +308,8 @@ class Config:
 
     def resolved(self, method: str) -> Config:
         """With the defaults that depend on the method, and on the built-in world or --model."""
-        world = {"steps": 250, "batch": 64, "lr": METHODS[method].lr, "chunk": 0}
-        own = {"steps": 40, "batch": 8, "lr": 5e-4 if self.lora else 5e-5, "chunk": 32}
+        world = dict(steps=250, batch=64, lr=METHODS[method].lr, chunk=0, max_new_tokens=24)
+        own = dict(steps=40, batch=8, lr=5e-4 if self.lora else 5e-5, chunk=32, max_new_tokens=256)
         chosen = {"method": method}
         for name, default in (own if self.model else world).items():
             if getattr(self, name) is None:
@@ -344,13 +326,16 @@ CHOICES = {
     "divergence": [*DIVERGENCES, "policy_gradient"],
     "teacher": ["frozen", "ema", "live"],
     "reduction": ["token", "sequence"],
-    "export": ["merged", "none"],
     "dtype": ["auto", "fp32", "bf16", "fp16"],
 }
 PRESETS = {
     "default": {},
     "smoke": {"pretrain_steps": 20, "steps": 4, "batch": 8, "eval_size": 8},
 }
+
+
+OWN = "prompts heldout context_file template shots score anchor_file chat_template_kwargs dry_run"
+GROUPS = {"context": "what to learn, and how", "model": "your own model", "seed": "the run"}
 
 
 def check_flags(cfg: Config) -> None:
@@ -361,6 +346,7 @@ def check_flags(cfg: Config) -> None:
         if name == "context":
             choices = ["all", *KINDS]  # looked up late: a new kind is known
         with reading(f"{spelled(name)} {value!r}"):
+            str(value).encode()  # some file names are no text
             if value not in choices:
                 raise ValueError(f"choose from {', '.join(choices)}")
             if None not in (low, value) and not low <= value < 1e9:
@@ -369,8 +355,7 @@ def check_flags(cfg: Config) -> None:
 
 def check_combinations(cfg: Config) -> None:
     """Flags that contradict each other, or that would be ignored without a word."""
-    files = "prompts heldout context_file template shots score anchor_file unrelated export dry_run"
-    idle = [spelled(f) for f in files.split() if getattr(cfg, f) != getattr(Config, f)]
+    idle = [spelled(f) for f in OWN.split() if getattr(cfg, f) != getattr(Config, f)]
     sampled = cfg.divergence == "policy_gradient"
     off_policy = cfg.method in ["offline", "gkd"] or cfg.temperature != 1
     for wrong, message in [
@@ -381,7 +366,10 @@ def check_combinations(cfg: Config) -> None:
         (max(cfg.anchors, cfg.ema_rate) > 1, "--anchors and --ema-rate are shares: at most 1"),
         (sampled and cfg.top_k, "policy_gradient sees sampled tokens only: no --top-k"),
         (sampled and off_policy, "policy_gradient needs --method cosd and --temperature 1"),
-        (cfg.skip >= cfg.max_new_tokens, f"--skip {cfg.skip} must be below --max-new-tokens"),
+        (
+            cfg.skip >= (cfg.max_new_tokens or 24),
+            f"--skip {cfg.skip} must be below --max-new-tokens",
+        ),
         (cfg.model and cfg.method == "pretrain", "--method pretrain is the built-in world's"),
     ]:
         if wrong:
@@ -395,18 +383,22 @@ def spelled(name: str) -> str:
 def parse(argv: list[str] | None) -> Config:
     """The command line is the dataclass: one flag a field, no abbreviations."""
     parser = argparse.ArgumentParser(
+        usage="python train.py [flags]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for item in fields(Config):
-        about = f"{item.metadata['about']} [{item.default}]"
-        if item.type == "bool":
+        about, kind = item.metadata["about"], item.type.split()[0]
+        if item.default is not None:
+            about += f" [{item.default}]"
+        how = {"type": {"int": int, "float": float}.get(kind, str)}
+        if kind == "bool":
             how = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"type": {"int": int, "float": float}.get(item.type.split()[0], str)}
-        parser.add_argument(spelled(item.name), help=about, **how)
+        if title := GROUPS.get(item.name):
+            group = parser.add_argument_group(title)
+        group.add_argument(spelled(item.name), help=about, **how)
     parser.add_argument("--preset", choices=PRESETS, default="default", help="smoke: in seconds")
     given = vars(parser.parse_args(argv))
     return Config(**PRESETS[given.pop("preset")] | given)
@@ -432,16 +424,10 @@ def drift(run: Run, prompts: list[list[int]]) -> float:
     return mean_loss(run, base, prompts, y, REVERSE_KL, student, prompts)
 
 
-def perplexity(run: Run, model: GPT, texts: list[list[int]]) -> float:
-    """exp of the mean −log p of all tokens but the first of each text, which nothing predicts."""
-    first, rest = [text[:1] for text in texts], [text[1:] for text in texts]
-    return math.exp(mean_loss(run, model, first, rest, cross_entropy))
-
-
 def measure(run: Run) -> dict:
     """What the student can do now: the task without C, what is left to learn from C, old skills,
     and how far it moved."""
-    cfg, task, student, probes = run.cfg, run.task, run.student, []
+    task, student, probes = run.task, run.student, []
     prompts = [student_prompt(task.chat, e) for e in task.heldout]
     y = write(run, student, prompts, 1, "held-out KL")
     theirs = context_prompts(task, task.heldout, y)
@@ -456,8 +442,6 @@ def measure(run: Run) -> dict:
         probes += in_context
     if probes:
         result["drift"] = drift(run, probes)
-    if cfg.unrelated:
-        result["perplexity"] = perplexity(run, student, task.paragraphs)
     return result
 
 
@@ -480,9 +464,12 @@ def preflight(run: Run) -> dict:
     before["teacher"] = run.task.grades(heldout, write(run, run.student, theirs, 0))
     before["tokens_saved"] = (sum(map(len, theirs)) - sum(map(len, prompts))) / len(prompts)
     floor, ceiling, kl = before["task"], before["teacher"], before["kl"]
-    print(f"\n{run.folder.stem}: student {floor}, teacher {ceiling}, KL {kl:.3f} nats per token")
-    if ceiling.get("score", kl) <= floor.get("score", 1e-3):
-        print("The teacher does not beat the student: this context can teach this model nothing.")
+    name = run.folder.stem
+    print(f"\n{name}: student {floor}, teacher {ceiling}, KL {kl:.3f} nats", file=sys.stderr)
+    if ceiling.get("score", kl) <= floor.get("score", 0.02):
+        warn(f"{name}: the teacher hardly beats the student: C can teach this model nothing")
+    if ceiling.get("cut_off", 0) > 0.5:
+        warn(f"{name}: most answers are cut off: raise --max-new-tokens {run.cfg.max_new_tokens}")
     return before
 
 
@@ -495,7 +482,7 @@ def sample_text(run: Run) -> str:
         theirs = context_prompts(run.task, [e], y)
         rows = make_rows(prompt, y, run.teacher, theirs, None)
         text += chat.decode(theirs[0] + y[0]) + "\n  "
-        both = torch.stack(token_probabilities(student, rows), dim=1)  # (n, 2)
+        both = torch.stack(cosd.token_probabilities(student, rows), dim=1)  # (n, 2)
         for token, (q, p) in zip(y[0], both.tolist()):
             text += f" {chat.decode([token])!r} {q:.2f}→{p:.2f}"
         text += "\n"
@@ -584,7 +571,7 @@ def working_in(folder: Path) -> Iterator[Path]:
 
 
 # ====================================================================================== 5. the runs
-def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path) -> Run:
+def assemble(cfg: Config, task: contexts.Task, student: GPT, identity: dict, folder: Path) -> Run:
     """The parts of a run, at step 0."""
     device, dtype, autocast = resolve_device(cfg.device, cfg.dtype)
     # What stays in fp32 beside half precision, the head's products, may use a card's TF32 units.
@@ -623,7 +610,7 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
     the settings and of a sample of the data itself, so that a changed world means a new base."""
     kept = {"seed": cfg.seed, "dtype": cfg.dtype, "steps": cfg.pretrain_steps, "batch": 96}
     cfg = Config(method="pretrain", teacher="live", device=cfg.device, **kept).resolved("pretrain")
-    shape, rng = GPTConfig(contexts.ENCODING.n_vocab), seeded("data")
+    shape, rng = GPTConfig(contexts.ENCODING.n_vocab), contexts.seeded("data")
     data = [asdict(contexts.draw_pretraining(rng)) for _ in range(256)]
     identity = kept | {"lr": cfg.lr, "shape": asdict(shape), "data": digest(data)}
     folder = Path(root) / f"base-{digest(identity)}"
@@ -638,7 +625,7 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
     return base, folder.name
 
 
-def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
+def run_method(cfg: Config, task: contexts.Task, student: GPT, base: str) -> dict:
     """Compile one context into `student` by one method, measured before and after. Returns the
     result."""
     identity = settings_of(cfg) | {"files": [digest(file.read_text()) for file in input_files(cfg)]}
@@ -667,45 +654,43 @@ def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
                 "after": measure(run),
                 "curve": run.curve,
             }
-        export(run)
+        if cfg.model:
+            export(run)
         save_run(run)
     return run.result
 
 
 def export(run: Run) -> None:
-    """What transformers and vLLM load: the model with its adapters folded in."""
-    from transformers import AutoTokenizer
-
-    cfg, folder = run.cfg, run.folder / "export"
+    """What transformers 4 and 5 and vLLM load: the merged model, its tokenizer's original files."""
+    folder = run.folder / "export"
     shutil.rmtree(folder, ignore_errors=True)  # of a stopped try
-    if cfg.model and cfg.export == "merged":
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        run.student.save_pretrained(folder, tokenizer, run.task.chat.ends)
+    with reading(f"{folder} could not be written"):
+        run.student.save_pretrained(folder, run.task.chat.ends)
+        for path in Path(cached_file(run.cfg.model, "config.json")).parent.iterdir():
+            if path.is_file() and re.search(r"token|vocab|merges|template|\.model$", path.name):
+                shutil.copy(path, folder)
 
 
 def input_files(cfg: Config) -> list[Path]:
-    lines, shown = [cfg.prompts, cfg.heldout, cfg.anchor_file], [cfg.context_file, cfg.template]
-    named = [*lines, *shown, cfg.unrelated, cfg.score.rpartition(":")[0]]
-    return [Path(name) for name in named if Path(name or ".").is_file()]
+    named = [str(value).rpartition(":")[0] or str(value) for value in asdict(cfg).values()]
+    return [Path(name) for name in named if os.path.isfile(name)]  # score: path.py:function
 
 
 def run_own(cfg: Config) -> dict:
     """A run on the user's model and files. Whatever is wrong with the files shows up before any
     weight is loaded."""
-    for path in [Path(cfg.model), *input_files(cfg)]:
-        for place in [path.resolve(), *path.resolve().parents]:
-            if (place / "state.pt").exists():
-                raise BadInput(f"{path} lies in the output folder {place}: copy it elsewhere first")
+    path = Path(cfg.model)
     with reading(f"--model {cfg.model}"):
+        # A name of the hub, or a path: out/x, where there is a folder out, is a path.
+        local = cfg.model[0] in "./~" or path.exists() or path.parent.name and path.parent.is_dir()
+        if local and not (path / "config.json").is_file():
+            raise ValueError("no config.json there: name a folder with a whole model, not adapters")
         shape = read_config(cfg.model)
-        chat = contexts.open_chat(cfg.model, shape.vocab_size)
+        how = json.loads(cfg.chat_template_kwargs)
+        chat = contexts.open_chat(cfg.model, shape.vocab_size, **how)
     task = contexts.file_task(cfg, chat, shape.max_len)
-    longest = max(len(teacher_prompt(chat, e)) for e in task.heldout)
-    print(
-        f"{shape.n_params() / 1e6:.1f} M parameters; with context up to {longest} tokens, "
-        f"{len(task.shared)} of them read once. Does it fit? python notebooks/plan.py, same flags"
-    )
     if cfg.dry_run:
+        warn("nothing is trained; memory and time: python notebooks/plan.py with the same flags")
         return {}
     with reading(f"--model {cfg.model}"):
         student = GPT.from_pretrained(cfg.model).to(resolve_device(cfg.device, cfg.dtype)[0])
@@ -738,9 +723,9 @@ def train(cfg: Config) -> list[dict]:
             for run_cfg in comparison(replace(cfg, context=kind)):
                 if cfg.method != "pretrain":
                     results.append(run_method(run_cfg, task, copy.deepcopy(base), name))
-    report = Path(__file__).with_name("notebooks") / "report.py"  # the table and the figure
+    report = f"{Path(__file__).parent}/notebooks/report.py"  # the table and the figure
     if any(results):
-        subprocess.run([sys.executable, str(report), cfg.out], check=True)
+        subprocess.run([sys.executable, report, cfg.out], check=True)
     return results
 
 

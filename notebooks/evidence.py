@@ -41,10 +41,11 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import numpy as np
 import torch
+from perplexity import perplexity, read_paragraphs
 from tqdm import tqdm
 
 import contexts
@@ -128,7 +129,7 @@ def parts(run: Run, step: int, settings: dict) -> dict:
         corpus = draw_proxy if settings["replay"] == "proxy" else contexts.draw_pretraining
         drawn = [contexts.draw_anchor(rng, run.task.kind, corpus) for _ in range(run.cfg.n_anchors)]
         prompts = [contexts.teacher_prompt(chat, e) for e in drawn]
-        y = [chat.encode(e.answer) + [chat.end] for e in drawn]
+        y = [chat.target(e.prompt, e.answer) for e in drawn]
         rows["anchors"] = train.make_rows(
             prompts, y, None, prompts, cross_entropy, run.cfg.n_anchors / run.cfg.batch
         )
@@ -455,7 +456,7 @@ def straight(job: dict, options: argparse.Namespace) -> dict:
     @torch.no_grad()
     def loss(between: GPT, examples: list[Example]) -> float:
         prompts = [contexts.teacher_prompt(chat, e) for e in examples]
-        y = [chat.encode(e.answer) + [chat.end] for e in examples]
+        y = [chat.target(e.prompt, e.answer) for e in examples]
         return cosd_loss(between, train.make_rows(prompts, y, None, prompts, cross_entropy))[
             0
         ].item()
@@ -489,9 +490,7 @@ def real(job: dict, options: argparse.Namespace) -> dict:
     common = dict(
         model=str(options.model),
         prompts=str(DATA / own),
-        unrelated=str(DATA / "plain.txt"),
         dtype="bf16" if options.bf16 else "fp32",
-        export="none",
         max_new_tokens=24 if style else 12,
         device="cpu",
         seed=job["seed"],
@@ -561,7 +560,14 @@ def real(job: dict, options: argparse.Namespace) -> dict:
                 scores[name] = score(other, student, other.task.heldout, True)["score"]
         return scores
 
+    paragraphs = read_paragraphs(str(DATA / "plain.txt"), cfg.model, shape.max_len)
+
+    def plain() -> float:
+        with run.autocast():
+            return perplexity(student, paragraphs)
+
     before, run = other_scores(), start(cfg, task, student)
+    plain_before = plain()
     with run.autocast():
         run.before = train.preflight(run)
     train.fit(run)
@@ -573,8 +579,8 @@ def real(job: dict, options: argparse.Namespace) -> dict:
     return {
         "kl_before": run.before["kl"],
         "kl_after": after["kl"],
-        "perplexity_before": run.before["perplexity"],
-        "perplexity_after": after["perplexity"],
+        "perplexity_before": plain_before,
+        "perplexity_after": plain(),
         "drift_new": after["drift_new"],
         "seconds": sum(row["seconds"] for row in run.log),
         "teacher": run.before["teacher"]["score"],

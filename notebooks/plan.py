@@ -1,19 +1,23 @@
-"""Does it fit? The memory of a run on your own model, estimated before any weight is loaded.
+"""Does it fit, and how long does it take? Memory from shapes alone, time from one step that is measured here.
 
     python notebooks/plan.py --model FOLDER --context instructions --context-file FILE --prompts FILE
     python notebooks/plan.py --card 24 ...          on a card of 24 GB; if not, which flags to turn
     python notebooks/plan.py --table                known models, four ways, and the card each needs
 
-All flags are those of train.py. It reads the files, counts tokens, and computes from shapes alone; on
-the CPU the peak is within a quarter of what is measured (tests/test_plan.py). With --card, --dtype auto
-is bf16, as on a card that has it, wherever this runs.
+All flags are those of train.py. It reads the files, counts tokens, and computes the memory from shapes
+alone; on the CPU the peak is within a quarter of what is measured (tests/test_plan.py). Then it loads the
+model and makes two steps, which are thrown away: the second one is timed. With --card the plan is for another
+machine: no weight is loaded, no step is made, and --dtype auto is bf16, as on a card that has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import contexts
+import train
 from contexts import BadInput, Task, reading, seeded, student_prompt, teacher_prompt
-from model import GPTConfig, read_config, resolve_device
+from cosd import cosd_loss
+from model import GPT, GPTConfig, read_config, resolve_device
 from train import METHODS, Config, comparison, parse, spelled
 
 PARTS = (
@@ -142,7 +148,7 @@ def with_experts(cfg: Config, task: Task) -> Config:
     if "expert" not in METHODS[cfg.method].writer:
         return cfg
     examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
-    written = max(len(task.chat.encode(e.expert)) + 1 for e in examples)
+    written = max(len(task.chat.target(e.prompt, e.expert)) for e in examples)
     return replace(cfg, max_new_tokens=max(cfg.max_new_tokens, written))
 
 
@@ -192,6 +198,73 @@ def show(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: flo
     elif card:
         lines.append(advice(cfg, c, dtype, counted, card))
     return "\n".join(lines)
+
+
+def one_step(run: train.Run, step: int) -> float:
+    """Seconds of a step as `train.fit` makes it, without its log."""
+    began = time.perf_counter()
+    with run.autocast():
+        parts = [train.task_rows(run, step)]
+        if run.cfg.n_anchors:
+            parts.append(train.anchor_rows(run, step))
+    for rows in parts:
+        for micro_batch in rows.split(run.cfg.micro_batch):
+            with run.autocast():
+                loss, _ = cosd_loss(run.student, micro_batch, run.cfg.chunk)
+            run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    run.teacher.update(run.student)
+    loss.item()  # a device may still be at it
+    return time.perf_counter() - began
+
+
+def duration(cfg: Config, task: Task) -> str:
+    """What two steps and a batch of answers took here, and what that makes for the whole run."""
+    with reading(f"--model {cfg.model}"):
+        student = GPT.from_pretrained(cfg.model).to(resolve_device(cfg.device, cfg.dtype)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        run = train.assemble(cfg, task, student, {}, Path(folder))
+        _, seconds = one_step(run, 0), one_step(run, 1)  # the first one warms up
+        some = [student_prompt(task.chat, e) for e in task.heldout[: 2 * cfg.batch]]
+        began = time.perf_counter()
+        with run.autocast():
+            train.write(run, student, some, 0)
+        answer = (time.perf_counter() - began) / len(some)
+    # Answers that are measured: 5 a held-out prompt before the first step, 3 after the last; 2 each of the suites'.
+    suites = sum(len(suite) for suite in task.probes.values())
+    measuring = answer * (8 * len(task.heldout) + 4 * suites)
+    whole = cfg.steps * seconds + measuring
+    return (
+        f"time, measured here: {seconds:.1f} s a step, {cfg.steps} of them {clock(cfg.steps * seconds)}; evaluation "
+        f"before and after about {clock(measuring)}; together about {clock(whole)} for each of --seeds {cfg.seeds}"
+    )
+
+
+def clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def rates(cfg: Config) -> str:
+    """Where to look for a learning rate. SDFT takes 2e-5 (all weights), Thinking Machines 1e-4 (LoRA); the real models of
+    this project learned at 5e-5 and 5e-4, a small one not at 1e-5."""
+    low, high = (2e-4, 1e-3) if cfg.lora else (2e-5, 1e-4)
+    where = "" if low <= cfg.lr <= high else ", which is outside"
+    return f"--lr {cfg.lr:g}{where}: {low:g} to {high:g} is where to look, the larger the smaller the model"
+
+
+def solved_before(cfg: Config, task: Task) -> str:
+    """Held-out prompts among the solved problems of the context: the teacher has read their solutions."""
+    if not (cfg.context_file or "").endswith(".jsonl"):
+        return ""
+    solved = {str(row["prompt"]) for row in contexts.read_prompts(cfg.context_file)}
+    count = sum(str(e.prompt) in solved for e in task.heldout)
+    if not count:
+        return ""
+    return f"{count} held-out prompts are solved in {cfg.context_file}: their scores say nothing about new ones"
 
 
 FAMILIES = {  # layers, width, heads, key heads, head width, MLP, vocabulary, tied, biases
@@ -254,13 +327,19 @@ def main(argv: list[str] | None = None) -> int:
             raise BadInput("--model FOLDER is missing; the built-in world fits anywhere")
         with reading(f"--model {cfg.model}"):
             shape = read_config(cfg.model)
-            chat = contexts.open_chat(cfg.model, shape.vocab_size)
+            template_args = json.loads(cfg.chat_template_kwargs)
+            chat = contexts.open_chat(cfg.model, shape.vocab_size, **template_args)
         dtype = torch.bfloat16
         if cfg.dtype != "auto" or not given.card:
             dtype = resolve_device(cfg.device, cfg.dtype)[1]
         for each in comparison(cfg):
             task = contexts.file_task(each, chat, shape.max_len)
             print(show(with_experts(each, task), shape, dtype, lengths(task), given.card))
+            print(rates(each))
+            if solved_before(each, task):
+                print(solved_before(each, task))
+            if not given.card:
+                print(duration(each, task))
         return 0
     except (BadInput, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """A real model, SmolLM2-135M-Instruct: exact beside transformers, and one step of training (-m slow).
 Notebook 05 compiles a context into it."""
 
-from types import SimpleNamespace
+import sys
 
 import pytest
 import torch
@@ -9,9 +9,12 @@ import transformers
 from conftest import ROOT
 
 import train
-from contexts import open_chat, read_paragraphs
+from contexts import open_chat
 from model import GPT
 from train import Config
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+from perplexity import perplexity, read_paragraphs
 
 pytestmark = pytest.mark.slow
 DATA = ROOT / "notebooks" / "data"
@@ -29,9 +32,10 @@ def pair(smollm2):
 
 
 @torch.no_grad()
-def test_logits_equal_transformers(pair):
+def test_logits_equal_transformers(pair, smollm2):
     mine, theirs, chat = pair
-    ids = torch.tensor([chat.encode((DATA / "plain.txt").read_text())[:256]])
+    (row, *_) = read_paragraphs(str(DATA / "plain.txt"), smollm2, 256)
+    ids = torch.tensor([row])
     expected = theirs(ids).logits
     assert ((mine(ids) - expected).norm() / expected.norm()).item() < 1e-5
 
@@ -48,18 +52,17 @@ def test_greedy_answers_equal_token_for_token(pair):
         assert said[0, len(prompt) :].tolist() == row[m].tolist()
 
 
-def test_perplexity_on_plain_english(pair):
+def test_perplexity_on_plain_english(pair, smollm2):
     """A sanity check of the conversion: query and key rows left in the GGUF file's order give several times as much."""
     mine, theirs, chat = pair
-    paragraphs = read_paragraphs(str(DATA / "plain.txt"), chat, 8192)
+    paragraphs = read_paragraphs(str(DATA / "plain.txt"), smollm2, 8192)
     total, count = 0.0, 0
     for row in paragraphs:
         ids = torch.tensor([row])
         with torch.no_grad():
             total += theirs(ids, labels=ids).loss.item() * (len(row) - 1)
         count += len(row) - 1
-    run = SimpleNamespace(cfg=SimpleNamespace(chunk=0, batch=1))
-    value = train.perplexity(run, mine, paragraphs)
+    value = perplexity(mine, paragraphs)
     assert value == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
     assert 6 < value < 8
 
