@@ -1,9 +1,9 @@
 """Where a submission runs: a process that maps inputs to outputs, and can reach nothing else.
 
-The grader sends this file, the given code of one question and the submitted file over a pipe; then a case at a time comes in as
-JSON and its output goes back as JSON. Here is no test, no expected value, no reference answer to this question.
+The grader sends this file, the given code of one question and the submitted file over a pipe; then a few cases at a time come in
+as JSON and their outputs go back as JSON. Here is no test, no expected value, no reference answer to this question.
 
-Every case has a child process of its own. Before any submitted code runs in it, the child has given up the right to open
+They run in a child process; where a case ends it or hangs, the next one gets a new child. Before any submitted code runs in it, the child has given up the right to open
 anything, file, socket or pipe (a limit of zero descriptors holds on Linux and macOS, for every user); where the grader is root it
 also stands in an empty folder that is its whole file system, as a user that owns nothing. Memory and time are limited. What a
 child answers is data, which the grader judges elsewhere; what it leaves behind is killed.
@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -286,6 +287,7 @@ def q8_draw(theirs, seeds, heldout, task):
     return {
         "kind": {name: getattr(kind, name) for name in ("letter", "share", "drop", "task")},
         "is_kind": type(kind).__name__,
+        "description": getattr(theirs, "DESCRIPTION", ""),
         "examples": drawn,
     }
 
@@ -295,7 +297,19 @@ def q8_grade(theirs, examples, texts):
     return [theirs.KIND.grade(e, text) for e, text in zip(made, texts)]
 
 
-OPERATIONS = {name: f for name, f in list(globals().items()) if name[:1] == "q" and callable(f)}
+def sealed(_):
+    """What can be opened after all."""
+    opened = []
+    for name in ("/", "/proc/self/mem", "/etc/hostname", sys.executable):
+        try:
+            os.close(os.open(name, os.O_RDONLY))
+            opened.append(name)
+        except OSError:
+            pass
+    return {"opened": opened}
+
+
+OPERATIONS = {name: f for name, f in list(globals().items()) if re.match(r"q\d_|sealed$", name)}
 
 
 # ==================================================================================== the child: sealed, then it runs
@@ -326,28 +340,36 @@ def seal(uid, megabytes, seconds):
                 raise
 
 
-def run_case(order, pipe):
-    """In the child. Whatever comes of it goes into the pipe."""
+def run_cases(order, cases, pipe):
+    """In the child. A line of JSON for each case goes into the pipe."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.dup2(pipe, 3)
     os.closerange(4, 1024)
-    seal(order["uid"], order["megabytes"], order["seconds"])
+    sys.path.clear()
+    sys.meta_path = sys.meta_path[:2]  # built in and frozen
+    seal(order["uid"], order["megabytes"], order["seconds"] * len(cases))
+    theirs = types.ModuleType(order["module"])
+    sys.modules[order["module"]] = theirs
+    broken = None
     try:
-        theirs = types.ModuleType(order["module"])
-        sys.modules[order["module"]] = theirs
-        exec(CODE[order["source"]], theirs.__dict__)
-        for name in order["standins"]:
-            setattr(theirs, name, STANDINS[name])
-        given = {name: lively(value) for name, value in order["given"].items()}
-        answer = {"out": plain(OPERATIONS[order["operation"]](theirs, **given))}
-        text = json.dumps(answer)
+        exec(CODE[0], theirs.__dict__)
+        for name, standin in order["standins"].items():
+            setattr(theirs, name, STANDINS[standin])
     except BaseException as error:
-        text = json.dumps({"error": described(error)})
-    data = text.encode()
-    while data:
-        data = data[os.write(3, data) :]
+        broken = error
+    for case in cases:
+        try:
+            if broken:
+                raise broken
+            given = {name: lively(value) for name, value in case["given"].items()}
+            text = json.dumps({"out": plain(OPERATIONS[case["operation"]](theirs, **given))})
+        except BaseException as error:
+            text = json.dumps({"error": described(error)})
+        data = text.encode() + b"\n"
+        while data:
+            data = data[os.write(3, data) :]
     os._exit(0)
 
 
@@ -373,29 +395,31 @@ def write_frame(sink, value):
     sink.flush()
 
 
-def wait_for(child, pipe, seconds):
-    """-> (the bytes of the pipe, how it ended or None)."""
-    data, until, status = [], time.monotonic() + seconds, None
-    while True:
+def wait_for(child, pipe, seconds, count):
+    """-> (the lines of the pipe, why there are no more). Each line has `seconds` to come."""
+    data, lines, until = b"", [], time.monotonic() + seconds
+    while len(lines) < count:
         left = until - time.monotonic()
         if left <= 0:
-            return data, f"it took longer than {seconds:g} seconds"
+            return lines, f"it took longer than {seconds:g} seconds"
         ready, _, _ = select.select([pipe], [], [], min(left, 0.2))
-        if ready:
-            part = os.read(pipe, 2**20)
-            data.append(part)
-            if sum(map(len, data)) > LARGEST_OUTPUT:
-                return [], "its output is too large"
-            if part:
-                continue
+        part = os.read(pipe, 2**20) if ready else b""
+        if part:
+            data += part
+            *new, data = data.split(b"\n")
+            lines += [line.decode("utf-8", "replace") for line in new]
+            until = time.monotonic() + seconds if new else until
+            if len(data) > LARGEST_OUTPUT:
+                return lines, "its output is too large"
+            continue
         done, status = os.waitpid(child, os.WNOHANG)
         if done and os.WIFSIGNALED(status):
-            return data, f"it was ended by signal {os.WTERMSIG(status)}"
+            return lines, f"it was ended by signal {os.WTERMSIG(status)}"
         if done:
-            code = os.WEXITSTATUS(status)
-            return data, f"it left with exit code {code}" if code else None
-        if ready:
-            time.sleep(0.001)
+            return lines, f"it left with exit code {os.WEXITSTATUS(status)}"
+        if ready:  # the pipe is closed, and it goes on
+            time.sleep(0.005)
+    return lines[:count], ""
 
 
 def clean_up(child):
@@ -422,21 +446,25 @@ def clean_up(child):
         time.sleep(0.002)
 
 
-def one_case(order):
-    ours, childs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            run_case(order, childs)
-        finally:
-            os._exit(1)
-    os.close(childs)
-    data, ended = wait_for(child, ours, order["seconds"])
-    os.close(ours)
-    clean_up(child)
-    text = b"".join(data).decode("utf-8", "replace")
-    return {"text": text, "ended": ended}
+def answers(order):
+    """A line of JSON for each case, or how it ended the process."""
+    found, cases = [], order["cases"]
+    while len(found) < len(cases):
+        left = cases[len(found) :]
+        ours, childs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setsid()
+                run_cases(order, left, childs)
+            finally:
+                os._exit(1)
+        os.close(childs)
+        lines, ended = wait_for(child, ours, order["seconds"], len(left))
+        os.close(ours)
+        clean_up(child)
+        found += lines + [json.dumps({"error": ended})] * bool(ended)
+    return found[: len(cases)]
 
 
 def import_names(names):
@@ -448,20 +476,77 @@ def import_names(names):
             pass
 
 
+def rehearse(meta):
+    """The kinds of things that are done here: PyTorch imports and reads some of what it needs at first use."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            with torch.enable_grad():
+                y = x.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(2 * y, y, torch.ones_like(y))
+            ctx.save_for_backward(slope)
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream * ctx.saved_tensors[0]
+
+    if meta:  # a teacher is made there first, which takes seconds of imports
+        with torch.device("meta"):
+            torch.nn.init.normal_(torch.nn.Linear(2, 2).weight)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x = torch.ones(1, 1, 8, 8, dtype=dtype, requires_grad=True)
+        y = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        Twice.apply((x @ y).log_softmax(-1, dtype=torch.float64)).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
+    torch.einsum("ij,jk->ik", torch.ones(2, 2), torch.ones(2, 2))
+    torch.multinomial(torch.ones(3), 1)
+    torch.rand(1, generator=torch.Generator().manual_seed(0))
+    repr(torch.ones(2, 2))
+
+
+def what_it_takes(meta):
+    """The modules that a rehearsal imports. It is held in a child: a process that has run a backward pass cannot be forked."""
+    ours, childs = os.pipe()
+    if os.fork() == 0:
+        before = set(sys.modules)
+        rehearse(meta)
+        os.write(childs, json.dumps(sorted(set(sys.modules) - before)).encode())
+        os._exit(0)
+    os.close(childs)
+    with os.fdopen(ours) as pipe:
+        names = json.loads(pipe.read())
+    os.wait()
+    return names
+
+
+def warm_up():
+    """What PyTorch reads from the system at its first use, it reads now."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x = torch.ones(1, 1, 8, 8, dtype=dtype)
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        (x @ x).log_softmax(-1, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
+
+
 def main():
     global EMPTY, TAKEN, CODE, STANDINS
-    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     order = read_frame(source)
     EMPTY, CODE, STANDINS = order["empty"], {}, {}
     sys.meta_path = [f for f in sys.meta_path if "ditable" not in str(f)]  # of `pip install -e`
-    sys.path[:] = [p for p in sys.path if p and os.path.abspath(p) != order["project"]]
+    sys.path[:] = [p for p in sys.path if not os.path.exists(os.path.join(p, "cosd.py"))]
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(36, 1, 0, 0, 0)  # orphans of a case come to this process, and are ended
         libc.prctl(4, 0, 0, 0, 0)  # nobody may look into it
     torch.set_num_threads(1)
-    import_names(["numpy", "torch.testing", "torch.nn.attention", "transformers", "tiktoken"])
+    warm_up()
+    import_names(["numpy", "transformers", "tiktoken", *what_it_takes(order["meta"])])
     for name, text in order["given"].items():  # the instructor's, with its answers taken out
         module = types.ModuleType(name)
         sys.modules[name] = module
@@ -488,7 +573,7 @@ def main():
             except Exception as error:
                 write_frame(sink, {"ready": False, "error": f"{type(error).__name__}: {error}"})
         else:
-            write_frame(sink, one_case(order))
+            write_frame(sink, answers(order))
 
 
 if __name__ == "__main__":
