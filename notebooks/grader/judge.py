@@ -603,7 +603,7 @@ def a_common_beginning_changes_no_token(rng):
     return cases
 
 
-MANY = 6000
+MANY, AGAIN = 5000, 300
 
 
 def fixed_logits(rng, logits: list[float], dtype="float32"):
@@ -623,28 +623,41 @@ def shares(ids: Tensor, size: int) -> Tensor:
     return torch.bincount(ids, minlength=size)[:size].double() / len(ids)
 
 
-def judge_samples(want: list[Tensor], reproducible: bool, out) -> None:
+def judge_samples(want: list[Tensor], out) -> None:
     """`want`: the distribution of the first, the second, ... token."""
-    runs = out["runs"]
-    first = tensor(runs[0]["ids"], "ids")
-    demand(first.shape == (MANY, len(want)), f"ids have shape {tuple(first.shape)}")
-    for run in runs:
-        demand(run["moved"], "the generator that was given must be used: its state did not move")
-        demand(run["global"], "the global random state must stay as it was")
-        demand(run["ids"] == runs[0]["ids"], "the same generator state must give the same tokens")
+    (run,) = out["runs"]
+    ids = tensor(run["ids"], "ids")
+    demand(ids.shape == (MANY, len(want)), f"ids have shape {tuple(ids.shape)}")
+    demand(run["moved"], "the generator that was given must be used: its state did not move")
     for j, q in enumerate(want):
-        off = (shares(first[:, j], len(q)) - q).abs().max().item()
+        found = shares(ids[:, j], len(q))
+        off, never = (found - q).abs().max().item(), found[q == 0].sum().item()
         demand(off < 0.03, f"token {j} follows another distribution: a share is off by {off:.3f}")
-        never = shares(first[:, j], len(q))[q == 0].sum().item()
         demand(never == 0, f"token {j}: {never:.3f} of the tokens are outside of top_k or top_p")
 
 
 def sample_case(rng, model, made, prompt, want, **how):
     how = {"max_new_tokens": len(want)} | how
-    given = dict(gpt=made, prompts=[prompt] * MANY, how=how, seed=rng.getrandbits(30), prefix=[])
-    judge = partial(judge_samples, want, True)
-    autocast = how.pop("autocast", False)
-    return Case("q3_generate", given | {"times": 2, "autocast": autocast}, lambda out: judge(out))
+    given = dict(gpt=made, prompts=[prompt] * MANY, seed=rng.getrandbits(30), prefix=[], times=1)
+    given |= dict(autocast=how.pop("autocast", False), how=how)
+    return Case("q3_generate", given, partial(judge_samples, want))
+
+
+def judge_random_numbers(out) -> None:
+    runs = out["runs"]
+    for run in runs:
+        demand(run["moved"], "the generator that was given must be used: its state did not move")
+        demand(run["global"], "the global random state must stay as it was")
+        demand(run["ids"] == runs[0]["ids"], "the same generator state must give the same tokens")
+    ids = tensor(runs[0]["ids"], "ids")
+    demand((ids[:, 0] != ids[:, 1]).any(), "each token needs random numbers of its own")
+
+
+def random_numbers_case(rng, made, temperature):
+    prompts = [tokens(rng, n) for n in rng.choices(range(1, 6), k=AGAIN)]
+    how = dict(max_new_tokens=3, temperature=temperature)
+    given = dict(gpt=made, prompts=prompts, how=how, seed=rng.getrandbits(30), prefix=[], times=2)
+    return Case("q3_generate", given | {"autocast": False}, judge_random_numbers)
 
 
 @part("q3", 3)
@@ -660,6 +673,7 @@ def samples_follow_the_distribution(rng):
     for temperature in (1.0, 2.0, 0.3, 0.45):
         want = [softmax(logits, temperature)]
         cases.append(sample_case(rng, model, made, prompt, want, temperature=temperature))
+    cases += [random_numbers_case(rng, made, temperature) for temperature in (1.0, 0.7)]
     follow = softmax(model(torch.tensor([[*prompt, i] for i in range(V)]))[:, -1])
     cases.append(sample_case(rng, model, made, prompt, [softmax(logits), softmax(logits) @ follow]))
     q = softmax(logits)
@@ -717,7 +731,7 @@ def the_teacher_sees_the_context_before_it(rng):
     """And the very same suffix. An empty context is one, too."""
     cases = []
     drawn = [kind.draw(rng) for kind in KINDS.values()]
-    for context, x in [*((e.context, e.prompt) for e in drawn), ("", "mot zorp"), (" ", "a")]:
+    for context, x in [*((e.context, e.prompt) for e in drawn), ("", "mot zorp"), (" a ", " b ")]:
         want = [SYSTEM, *encode(context), USER, *encode(x), ASSISTANT]
         cases.append(render_case(context, x, want))
     return cases
@@ -835,6 +849,9 @@ def the_solution(rng):
     told = shot | {"solution": "1 + 1 = 2"}  # shown is how, not only what
     shown = [beside("1 + 1", "1 + 1 = 2"), assistant("1 + 1 = 2")]
     cases.append(example_case("privileged", None, row, shown, asked, [told], said=both))
+    braces = row | {"prompt": "what is {solution}?"}  # braces in a text stay as they are
+    said = template.replace("{solution}", f"{n + 1}").replace("{prompt}", braces["prompt"])
+    cases.append(example_case("privileged", None, braces, None, [user(said)], said=both))
     earlier = [user("hi"), assistant("hello")]
     turns = row | {"prompt": [*earlier, user("and now?")], "answer": "so"}
     asked = [*earlier, beside("and now?", f"{n + 1}")]
