@@ -101,13 +101,15 @@ LARGEST_FILE = 64 * 2**20  # bytes that a submission may write into one file
 # ============================================================================================ the student's copy
 @dataclass(frozen=True)
 class Asked:
-    """What a question asks for: a function's body from its first statement on, or from the one that starts with `begins`."""
+    """What a question asks for: a function's body from its first statement on, or from the one that starts with `begins`, to its
+    end, or to the statement before the one that starts with `ends`."""
 
     question: str
     file: str
     function: str  # "GPT.generate"
     hint: str
     begins: str = ""
+    ends: str = ""
 
 
 ASKED = (
@@ -146,9 +148,17 @@ ASKED = (
     Asked(
         "q3",
         "model.py",
+        "KVCache.advance",
+        "the slots of these tokens; then self.bias: 0 where a query may see a slot, −∞ where it may not",
+        "slots, S =",
+    ),
+    Asked(
+        "q3",
+        "model.py",
         "KVCache.attend",
-        "k and v go into self.keys and self.values of this layer; which slots may a query see?",
-        "if k.shape[2]",
+        "keep k and v in self.keys and self.values of this layer: the first call's with room behind, later ones in their slots",
+        "if self.filling",
+        "if self.bias",
     ),
     Asked(
         "q3",
@@ -185,8 +195,7 @@ ASKED = (
         "h_s =",
     ),
 )
-# Lines that a given function has too: they may stay.
-SHOWN = {"return attend(q, keys, values, attn_mask=visible[:, None])"}
+SHOWN: set[str] = set()  # lines that a given function has too: they may stay
 
 
 @dataclass(frozen=True)
@@ -206,16 +215,25 @@ def blanks(name: str, source: str) -> list[Blank]:
     for asked in ASKED:
         if asked.file != name:
             continue
+        if asked.function not in defs:
+            raise LookupError(f"{name} has no function {asked.function} any more: see ASKED")
         body = defs[asked.function].body
         if ast.get_docstring(defs[asked.function]) is not None:
             body = body[1:]
         texts = [ast.get_source_segment(source, statement) for statement in body]
-        starts = [i for i, text in enumerate(texts) if text.startswith(asked.begins)]
-        if not starts:
-            raise LookupError(f"{asked.function} has no statement {asked.begins!r}: see ASKED")
-        first = body[starts[0]]
-        found.append(Blank(asked, first.lineno, body[-1].end_lineno, " " * first.col_offset))
+        first = statement_of(asked, texts, asked.begins)
+        last = statement_of(asked, texts, asked.ends) - 1 if asked.ends else len(body) - 1
+        indent = " " * body[first].col_offset
+        found.append(Blank(asked, body[first].lineno, body[last].end_lineno, indent))
     return sorted(found, key=lambda blank: blank.first)
+
+
+def statement_of(asked: Asked, texts: list[str], begins: str) -> int:
+    """Where in a body the statement is that starts so."""
+    for i, text in enumerate(texts):
+        if text.startswith(begins):
+            return i
+    raise LookupError(f"{asked.function} has no statement {begins!r} any more: see ASKED")
 
 
 def functions(tree: ast.Module) -> dict[str, ast.AST]:
@@ -475,14 +493,15 @@ def imports(tree: ast.Module) -> list[str]:
 
 # ================================================================================================ the student's process
 BOOT = "import sys; n = int(sys.stdin.buffer.readline()); exec(sys.stdin.buffer.read(n))"
+CACHE = {"model.KVCache.advance": "plain_advance", "model.KVCache.attend": "plain_attend"}
 STANDINS = {  # for what another question asks; the last: names of the submitted module that it replaces
     "q1": ("", {}, {}),
-    "q2": ("plain_attend", {"model.KVCache.attend": "plain_attend"}, {}),
+    "q2": ("plain_advance plain_attend", CACHE, {}),
     "q3": ("", {}, {}),
     "q4": ("", {}, {}),
     "q5": (
-        "plain_attend standin_states plain_log_softmax_pair",
-        {"model.KVCache.attend": "plain_attend"},
+        "plain_advance plain_attend standin_states plain_log_softmax_pair",
+        CACHE,
         {
             "completion_states": "standin_states",
             "shared_states": "standin_states",

@@ -315,15 +315,17 @@ def plain_states(model, prompts, ids, mask, prefix=None):
     return torch.cat(rows)
 
 
-def plain_attend(self, layer, q, k, v, slots):
-    """Stands in for question 3 where a cache is filled by one call."""
-    self.keys[layer] = k
-    self.values[layer] = v
+def plain_advance(self, ids, dtype):
+    """With `plain_attend` it stands in for question 3 where a cache is filled by one call."""
+    self.length, self.capacity = torch.full((len(ids),), ids.shape[1]), ids.shape[1]
+    return torch.arange(ids.shape[1])[None]
+
+
+def plain_attend(self, layer, q, k, v):
+    self.keys[layer], self.values[layer] = k, v
     if self.prefix is not None:
-        k, v = (
-            torch.cat([whole[layer].expand(len(q), -1, -1, -1), own], 2)
-            for whole, own in ((self.prefix.keys, k), (self.prefix.values, v))
-        )
+        k = torch.cat([self.prefix.keys[layer].expand(len(q), -1, -1, -1), k], 2)
+        v = torch.cat([self.prefix.values[layer].expand(len(q), -1, -1, -1), v], 2)
     seen = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).bool()
     return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -333,7 +335,7 @@ def standin_states(model, prompts, ids, mask, prefix=None):
     rows = []
     for prompt, row, here in zip(prompts, ids, mask):
         whole = torch.tensor([[*prompt, *row[here].tolist()]])[:, :-1]
-        cache = KVCache(model.config, *whole.shape, prefix) if prefix else None
+        cache = KVCache(model.config, prefix=prefix) if prefix else None
         rows.append(model.hidden(whole, cache)[0, len(prompt) - 1 :])
     return torch.cat(rows)
 
@@ -490,12 +492,12 @@ def plain_rollout(model, prompt, count, eos=()):
 def reading_in_pieces_equals_reading_at_once(rng):
     cases = []
     first = rng.randint(2, 5)
-    for pieces, room in (([9], 12), ([9], 9), ([1] * 9, 9), ([first, 1, 8 - first], 20)):
+    for pieces, room in (([9], 3), ([9], 0), ([1] * 9, 8), ([first, 1, 8 - first], 20)):
         model, made = tiny(rng)
         ids = torch.tensor([tokens(rng, 9) for _ in range(3)])
         want = model(ids).detach()
         names = [f"row {b}" for b in range(3)]
-        given = dict(gpt=made, ids=ids, pieces=pieces, capacity=room)
+        given = dict(gpt=made, ids=ids, pieces=pieces, room=room)
 
         def judge(out, want=want, pieces=pieces, names=names):
             near(out["logits"], want, f"read in pieces of {pieces}: logits", 1e-7, 1e-8, names)

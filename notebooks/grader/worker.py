@@ -136,9 +136,9 @@ def q2_weights(theirs, mask, reduction, skip):
     return {"weights": weights, "mask": mask}
 
 
-def q3_read(theirs, gpt, ids, pieces, capacity):
+def q3_read(theirs, gpt, ids, pieces, room):
     model = a_model(**gpt)
-    cache = theirs.KVCache(model.config, len(ids), capacity)
+    cache = theirs.KVCache(model.config, room)
     with torch.no_grad():
         logits = [model(part, cache) for part in ids.split(pieces, dim=1)]
     return {"logits": torch.cat(logits, dim=1)}
@@ -147,7 +147,7 @@ def q3_read(theirs, gpt, ids, pieces, capacity):
 def q3_through(theirs, gpt, prefix, ids):
     """Gradient of what rows read after a prefix, through both."""
     model = a_model(**gpt)
-    cache = theirs.KVCache(model.config, *ids.shape, model.read(prefix))
+    cache = theirs.KVCache(model.config, prefix=model.read(prefix))
     logits = model(ids, cache)
     logits.square().sum().backward()
     return {"logits": logits, "gradients": gradients(model)}
