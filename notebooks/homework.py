@@ -37,13 +37,14 @@ import time
 import zipfile
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT, GRADER = HERE.parent, HERE / "grader"
 sys.path[:0] = [str(ROOT), str(HERE), str(GRADER)]
+import base
 import fifth
 import judge
 import measure
@@ -57,6 +58,7 @@ SHIPPED = (
     "pyproject.toml",
     "LICENSE",
     ".gitignore",
+    "notebooks/base.py",
     "notebooks/homework.md",
     "notebooks/measure.py",
     "notebooks/report.py",
@@ -306,13 +308,29 @@ def strings(value) -> list[str]:
     return [value] if isinstance(value, str) else [text for v in inner for text in strings(v)]
 
 
-def make(folder: Path, solved: tuple[str, ...] = ()) -> None:
+DERIVED = r"(?ms)^    Gradient .*?(?=^    \S+ {2,}|\n\n|\"\"\")"  # an entry of a docstring, to the next
+
+
+def underived(source: str) -> str:
+    """Without the gradients' formulas in the docstrings of question 1: to derive them is asked for in q1.md."""
+    defs, edits = functions(ast.parse(source)), []
+    lines = source.splitlines(keepends=True)
+    for asked in ASKED:
+        if asked.question == "q1":
+            first = defs[asked.function].body[0]
+            edits.append((first.lineno - 1, first.end_lineno))
+    for first, last in sorted(edits, reverse=True):
+        text = "".join(lines[first:last])
+        note = "    Gradient   to the student only; you derive it in q1.md.\n"
+        lines[first:last] = [re.sub(DERIVED, note, text)]
+    return "".join(lines)
+
+
+def make(folder: Path, solved: tuple[str, ...] = (), bases: Path = ROOT / "out") -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"homework.py: {folder} is not empty: name a new folder")
     files, removed = {name: (ROOT / name).read_text() for name in SHIPPED}, []
-    handout = files[
-        "notebooks/homework.md"
-    ]  # its first part is the README, its last for instructors
+    handout = files["notebooks/homework.md"]  # README; questions; for instructors
     files["README.md"], files["notebooks/homework.md"] = re.search(
         r"<!-- README -->\n(.*?)<!-- questions -->\n(.*?)<!-- instructors -->", handout, re.S
     ).groups()
@@ -320,12 +338,18 @@ def make(folder: Path, solved: tuple[str, ...] = ()) -> None:
         if name in CODE:
             text, gone = blank_out(name, text, solved)
             removed += gone
+        if name == "cosd.py" and "q1" not in solved:
+            text = underived(text)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.strip() + "\n")
     if left := survivors(folder, removed):
         shutil.rmtree(folder)
         raise SystemExit("homework.py: the copy would give solutions away:\n" + "\n".join(left))
     print(f"{folder}: {len(files)} files, {len(removed)} lines to write")
+    try:
+        base.pack(bases, folder / "base.safetensors")
+    except base.Missing as missing:
+        print(f"{missing}: the copy comes without, and every student has to make one (14 minutes)")
 
 
 # ===================================================================================== a submission, one file merged
@@ -669,9 +693,11 @@ def scored(part, count: int, reasons: list[str]) -> dict:
 
 
 # ========================================================================================== q6 to q8: what is handed in
-def measured(arguments: list[str], seconds: float) -> dict:
+def measured(arguments: list[str], bases: Path, seconds: float) -> dict:
     """What measure.py says, in a process of its own. None of the student's code is in it."""
-    command = [sys.executable, str(HERE / "measure.py"), *arguments, "--json"]
+    if base.FILE.exists():
+        base.unpack(bases)
+    command = [sys.executable, str(HERE / "measure.py"), *arguments, "--json", "--out", str(bases)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     try:
         done = subprocess.run(
@@ -704,8 +730,8 @@ def judge_q6(submission: Path, seed: int, seconds: float, bases: Path) -> list[d
         raise Refused(f"q6.json: {error}") from None
     valid = one("settings_are_valid", 1, 1)
     try:
-        seeds = ["--seeds", "3", "--first", str(1 + seed % 997), "--out", str(bases)]
-        found = measured([text, *seeds], seconds)
+        seeds = ["--seeds", "3", "--first", str(1 + seed % 997)]
+        found = measured([text, *seeds], bases, seconds)
     except Refused as reason:
         failed = "learned_within_the_budget", 6, 0, str(reason)
         return [valid, one(*failed), one("forgets_little", 8, 0, "nothing was learned")]
@@ -772,7 +798,7 @@ def again_settings(found: dict, run: dict) -> str:
 def run_again(submission: Path, seed: int, seconds: float, bases: Path) -> None:
     found = seven_rows(submission)
     run = random.Random(seed).choice(found["runs"])
-    again = measured([again_settings(found, run), "--as-trained", "--out", str(bases)], seconds)
+    again = measured([again_settings(found, run), "--as-trained"], bases, seconds)
     off = [
         abs(run["score"] - again["exact"]) > 0.1,
         abs(run["prior"] - again["prior"]) > 0.1,
@@ -833,8 +859,8 @@ def judge_q8(submission: Path, seed: int, seconds: float, bases: Path) -> list[d
         return [*parts, *(one(name, points, 0, failed) for name, points in fifth.TRAINED)]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "draws.json").write_text(json.dumps(drawn))
-        given_to = ["--fifth", f"{folder}/draws.json", "--out", str(bases)]
-        return parts + fifth.judge_training(measured(given_to, seconds))
+        found = measured(["--fifth", f"{folder}/draws.json"], bases, seconds)
+    return parts + fifth.judge_training(found)
 
 
 # ============================================================================================================= grading
@@ -983,26 +1009,31 @@ ENTRYPOINT ["python", "/project/notebooks/homework.py"]
 
 def pack(path: Path, bases: Path) -> None:
     """A zip for Gradescope, with the project, the base and a Dockerfile in it."""
-    project = tomllib_or_lines((ROOT / "pyproject.toml").read_text())
-    needs = " ".join(f"'{need}'" for need in project)
     texts = {"setup.sh": SETUP, "run_autograder": RUN, "Dockerfile": DOCKERFILE}
     files = [ROOT / name for name in (*CODE, "pyproject.toml", "LICENSE")]
-    files += [HERE / "homework.py", HERE / "measure.py", HANDOUT, *sorted(GRADER.glob("*.py"))]
-    base = Path(bases) / base_name(bases)
+    files += [*sorted(GRADER.glob("*.py")), HANDOUT]
+    files += [HERE / name for name in ("homework.py", "measure.py", "base.py")]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in texts.items():
             info = zipfile.ZipInfo(name)
             info.external_attr = 0o755 << 16
-            archive.writestr(info, text.format(needs=needs))
+            archive.writestr(info, text.format(needs=dependencies()))
         for file in files:
             archive.write(file, str(file.relative_to(ROOT)))
-        archive.write(base / "state.pt", f"out/{base.name}/state.pt")
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                base.pack(bases, Path(folder) / "base.safetensors")
+                archive.write(f"{folder}/base.safetensors", "base.safetensors")
+            except base.Missing as missing:
+                print(f"{missing}: the zip comes without, and q6 to q8 cannot be graded in time")
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MB")
 
 
-def tomllib_or_lines(text: str) -> list[str]:
-    """The project's dependencies."""
-    return re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*?)\]", text, re.M | re.S)[1])
+def dependencies() -> str:
+    """The project's, for pip."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^dependencies = \[(.*?)\]", text, re.M | re.S)
+    return " ".join(f"'{need}'" for need in re.findall(r'"([^"]+)"', listed))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -536,7 +536,7 @@ def judge_rollout(model, prompts, how, prefix, out):
             demand(mask[b].int().diff().le(0).all(), f"{said}: True up to its end, False after")
         demand((ids[~mask] == 0).all(), "after a row's end ids are 0")
         longest = max(map(len, prompts))
-        most = len(prompts) * (longest + width - 1) + sum(map(len, prompts)) + 400
+        most = len(prompts) * (longest + width) + longest
         demand(run["read"] <= most, f"{run['read']} tokens were read; {most} are plenty")
         demand(not run["graph"], "a rollout has no gradient")
 
@@ -931,7 +931,7 @@ def scene(rng, kind="other", objective="apart", cut=0, sequence=False) -> Scene:
     return Scene(student, made, scorer, rows)
 
 
-def judge_loss(s: Scene, chunk, times, split, halves, out):
+def judge_loss(s: Scene, chunk, times, split, bounded, out):
     expected, student_logits = plain_loss(s.student, s.scorer, s.rows)
     want = gradients(s.student, expected)
     rows, tolerance = s.rows, dict(rtol=1e-6, atol=1e-8)
@@ -941,9 +941,6 @@ def judge_loss(s: Scene, chunk, times, split, halves, out):
     demand(out["unchanged"], "ids, mask and weights must stay as they were given")
     demand(not out["log_graph"], "what is logged has no gradient")
     total = sum(x.double() for x in found) / times
-    if halves:
-        demand(abs(total / expected - 1) < 0.05, f"the loss under autocast is {total}")
-        return
     near(worker.plain(total), expected, "the loss", 1e-6, 1e-8)
     if not rows["adapters"]:
         same_gradients(out["gradients"], {k: g * times for k, g in want.items()}, **tolerance)
@@ -958,7 +955,7 @@ def judge_loss(s: Scene, chunk, times, split, halves, out):
         demand(None not in logged, f"the log has no {name!r}")
         found = sum(tensor(x, f"the log's {name}").double() for x in logged) / times
         near(worker.plain(found), value, f"the log's {name}", 1e-4, 1e-6)
-    if chunk:
+    if bounded and chunk:
         demand(max(out["seen"]) <= chunk, f"{max(out['seen'])} rows of logits at once, not {chunk}")
     if rows["shared"]:
         width = max(len(p) + n - 1 for p, n in zip(rows["prompts"], rows["mask"].sum(1).tolist()))
@@ -968,9 +965,9 @@ def judge_loss(s: Scene, chunk, times, split, halves, out):
         demand(out["read"] <= most, f"{said}, if it is asked by its own method")
 
 
-def loss_case(s: Scene, chunk=0, times=1, split=0, halves=False):
-    judge = partial(judge_loss, s, chunk, times, split, halves)
-    given = dict(student=s.made, rows=s.rows, chunk=chunk, times=times, split=split, halves=halves)
+def loss_case(s: Scene, chunk=0, times=1, split=0, bounded=False):
+    judge = partial(judge_loss, s, chunk, times, split, bounded)
+    given = dict(student=s.made, rows=s.rows, chunk=chunk, times=times, split=split)
     return Case("q5_loss", given, lambda out: judge(out))
 
 
@@ -985,7 +982,8 @@ def the_loss_equals_its_definition(rng):
         cases.append(loss_case(scene(rng, "adapters"), chunk))
         cases.append(loss_case(scene(rng, "other", cut=20), chunk, times=2))
         cases.append(loss_case(scene(rng, "other", sequence=True), chunk))
-    cases.append(loss_case(scene(rng), chunk=1))
+    cases.append(loss_case(scene(rng), chunk=1, bounded=True))
+    cases.append(loss_case(scene(rng, "none", "cross_entropy"), chunk=3, bounded=True))
     cases.append(loss_case(scene(rng), chunk=1000))
     return cases
 

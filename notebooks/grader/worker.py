@@ -238,7 +238,7 @@ def q5_rows(theirs, student, given):
     return theirs.Rows(*(given[name] for name in names), scorer, objective), seen
 
 
-def q5_loss(theirs, student, rows, chunk, times, split, halves):
+def q5_loss(theirs, student, rows, chunk, times, split):
     student, adapted = a_model(**student), rows["adapters"]
     rows, seen = q5_rows(theirs, student, rows)
     before = [x.clone() for x in (rows.ids, rows.mask, rows.weights)]
@@ -247,14 +247,12 @@ def q5_loss(theirs, student, rows, chunk, times, split, halves):
         parameter.grad = None
     losses, logs, early = [], [], []
     reader = scorer.model if scorer else student
-    with Counted(reader) as count, torch.autocast("cpu", torch.bfloat16, enabled=halves):
-        for _ in range(times):
-            for part in parts:
-                student.zero_grad()
-                loss, log = theirs.cosd_loss(student, part, chunk)
-                early.append(bool(gradients(student)))
-                losses.append(loss)
-                logs.append(log)
+    with Counted(reader) as count:
+        for part in parts * times:
+            loss, log = theirs.cosd_loss(student, part, chunk)
+            early.append(bool(gradients(student)))
+            losses.append(loss)
+            logs.append(log)
     sum(losses).backward()
     other = scorer and scorer.model is not student and not adapted
     return {
