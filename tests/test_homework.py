@@ -50,7 +50,8 @@ from homework import (
 )
 
 REFERENCE = {name: (ROOT / name).read_text() for name in CODE}
-SECONDS = 3  # of a case, here
+SECONDS = 1.5  # of a case, here
+HANGING = {"an endless loop", "an endless sleep", "a flood of words", "all of the memory"}
 SLOW = pytest.mark.slow
 SEED = 3
 
@@ -167,7 +168,9 @@ def cheating(question, function, arguments, body):
     return file_with(question, bodies(question) | {function: told + text + "\n"}, beside + code)
 
 
-@pytest.mark.parametrize("what", CHEATS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[SLOW] * (what in HANGING)) for what in CHEATS]
+)
 def test_a_cheat_gets_nothing_and_costs_nothing_else(what, judged):
     """`render` is what three parts of question 4 ask for; the other three keep their points, and so does who comes next."""
     found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]))
