@@ -1,7 +1,7 @@
 """The pretrained base as one file, which can be handed out: pretraining takes a quarter of an hour.
 
-    python notebooks/base.py                 base.safetensors -> out/base-..., where train.py looks for it
-    python notebooks/base.py --pack          the other way round
+python notebooks/base.py                 base.safetensors -> out/base-..., where train.py looks for it
+python notebooks/base.py --pack          the other way round
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def main() -> None:
     elif FILE.exists():
         print(args.out / unpack(args.out))
     else:
-        raise SystemExit(f"base.py: there is no {FILE.name} here: python train.py --method pretrain")
+        raise SystemExit(
+            f"base.py: there is no {FILE.name} here: python train.py --method pretrain"
+        )
 
 
 if __name__ == "__main__":

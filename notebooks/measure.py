@@ -33,7 +33,9 @@ from contexts import END, KINDS, Example, Kind, encode, render
 from cosd import Rows, cosd_loss, cross_entropy, token_weights
 from model import pad_right
 
-FIELDS = "method divergence teacher ema_rate lr steps batch temperature reduction skip top_k".split()
+FIELDS = (
+    "method divergence teacher ema_rate lr steps batch temperature reduction skip top_k".split()
+)
 LARGEST = {"steps": 250, "batch": 64}
 MEASURED = ("exact", "prior", "steerability", "drift", "tokens")
 # q6, three seeds: python notebooks/solutions/q6.py
@@ -174,7 +176,9 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "out"), help="where the base is")
     args = parser.parse_args()
     if args.fifth or args.what[0].endswith(".py"):
-        found = fifth(*(draws_from(args.fifth) if args.fifth else draw_here(args.what[0])), args.out)
+        found = fifth(
+            *(draws_from(args.fifth) if args.fifth else draw_here(args.what[0])), args.out
+        )
         print(json.dumps(found))
         return
     for given in args.what:

@@ -64,8 +64,9 @@ def students():
 
     def of(question):
         if question not in open_now:
-            open_now[question] = Student(question, SECONDS).__enter__(), judge.cases_of(
-                question, SEED
+            open_now[question] = (
+                Student(question, SECONDS).__enter__(),
+                judge.cases_of(question, SEED),
             )
         return open_now[question]
 
@@ -151,7 +152,9 @@ def student_with_reference(student, question):
     (name,) = QUESTIONS[question].files
     text = REFERENCE[name]
     student.load(
-        merge(homework.given(name), text, ast.parse(text), homework.asked_for(question, name), name),
+        merge(
+            homework.given(name), text, ast.parse(text), homework.asked_for(question, name), name
+        ),
         [],
     )
     return student
@@ -377,7 +380,7 @@ def test_what_is_not_asked_for_works_in_the_copy(copy):
     """Nothing fails there but for an answer that is open; every question's own tests do, with its hint."""
     found = pytest_in(copy)
     failed = {name: text for name, text in found.items() if text is not None}
-    assert len(found) > 100 and len(found) - len(failed) > 40
+    assert len(failed) > 30
     for name, text in failed.items():
         assert re.search(r"NotImplementedError: q\d: ", text), f"{name}: {text}"
     for name, text in found.items():
@@ -705,7 +708,10 @@ def png(width, height, row=lambda y: bytes([y % 251])):
     "file, data",
     [
         ("q7_png", b"hello"),
-        ("q7_png", b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">II", 900, 900)),  # 24 bytes
+        (
+            "q7_png",
+            b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">II", 900, 900),
+        ),  # 24 bytes
         ("q7_png", png(200, 400)),
         ("q7_png", png(400, 400, lambda y: b"\0")),
         ("q7_png", png(400, 400)[:-200]),
@@ -727,7 +733,7 @@ def test_q7_a_picture_is_one():
 
 PLURAL = (homework.SOLUTIONS / "q8.py").read_text()
 LEARNED = {"teacher": 0.98, "student": 0.02, "after": 0.97}
-NONSENSE = '''
+NONSENSE = """
 from contexts import Example, Kind
 
 DESCRIPTION = "Words without any sense at all, drawn at random, with a context that says nothing of what is asked."
@@ -741,7 +747,7 @@ def draw(rng, heldout=None, fixed=False):
     return Example("nonsense", context, prompt, some(rng), some(rng))
 
 KIND = Kind("E", "nonsense", draw, share=0.2, drop=0.2, task={"fixed": True})
-'''
+"""
 
 
 @pytest.fixture
@@ -784,9 +790,8 @@ def plural(monkeypatch):
         ("the grader's file", "import sys; KIND = open(sys.argv[0])", 0),
     ],
 )  # fmt: skip
-def test_q8_points(what, text, score, plural, tmp_path, monkeypatch):
-    monkeypatch.setitem(QUESTIONS, "q8", homework.replace(QUESTIONS["q8"], seconds=60))
-    results = grade(handed(tmp_path, q8_py=text), ["q8"], seed=5)
+def test_q8_points(what, text, score, plural, tmp_path):
+    results = grade(handed(tmp_path, q8_py=text), ["q8"], seed=5, patience=0.15)
     assert outcome(results)["q8"][0] == score, results
 
 

@@ -24,6 +24,8 @@ def draw_all(ask, seed: int) -> dict:
         seeds = [rng.getrandbits(40) for _ in range(count)]
         given = dict(seeds=seeds, heldout=heldout, task=task)
         drawn[name] = ask("q8_draw", given)
+        if "out" not in drawn[name]:  # nor will the others
+            return drawn
         if name == "mixed":
             drawn["again"] = ask("q8_draw", given | {"seeds": seeds[:50]})
     examples = drawn["mixed"].get("out", {}).get("examples", [])[:20]
@@ -110,7 +112,9 @@ def undecided(mixed: list[dict]) -> str:
 def judge_form(drawn: dict) -> tuple[list[dict], bool]:
     """-> (parts, are the draws good enough to train on?)."""
     why = disorder(drawn)
-    parts = [dict(name="draws_in_order", points=3, score=0 if why else 3, reasons=[why] * bool(why))]
+    parts = [
+        dict(name="draws_in_order", points=3, score=0 if why else 3, reasons=[why] * bool(why))
+    ]
     mixed = [] if why else drawn["mixed"]["out"]["examples"]
     for name, points, check in (
         ("the_prompt_does_not_tell", 1, told),

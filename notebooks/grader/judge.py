@@ -384,8 +384,7 @@ def judge_states(model, prompts, ids, mask, cut, gradient, out):
         elif min(map(len, prompts)) > 1:
             shorter = [p[:-1] for p in prompts]
             late = [
-                torch.tensor([[*p, *y[m].tolist()]])[:, :-1]
-                for p, y, m in zip(prompts, ids, mask)
+                torch.tensor([[*p, *y[m].tolist()]])[:, :-1] for p, y, m in zip(prompts, ids, mask)
             ]
             moved = torch.cat([model.hidden(w)[0, len(p) - 1 : -1] for w, p in zip(late, shorter)])
         if isinstance(moved, Tensor) and torch.allclose(got, moved):
@@ -583,7 +582,9 @@ def eos_ends_a_row_and_belongs_to_it(rng):
         ({V - 1 - i for i in range(V) if all(V - 1 - i not in row for row in free)} or {EOS}, 12),
     ):
         cases.append(rollout_case(rng, prompts, count, eos=eos, model=(model, made)))
-    last = plain_rollout(model, prompts[0], 9)  # EOS is the last token allowed, and comes only there
+    last = plain_rollout(
+        model, prompts[0], 9
+    )  # EOS is the last token allowed, and comes only there
     count = next((n for n in range(2, 10) if last[n - 1] not in last[: n - 1]), 1)
     eos = {last[count - 1]}
     cases.append(rollout_case(rng, prompts[:1], count, eos=eos, model=(model, made)))
@@ -865,7 +866,9 @@ def the_solution(rng):
     def judge(out):
         want = [*earlier, user(f"Known: {n + 1}. and now? (as tried)")]
         demand(out["unchanged"], "the line must stay as it was given")
-        demand(out["turns"] == want, f"dressed gives {out['turns']!r:.200}, should be {want!r:.300}")
+        demand(
+            out["turns"] == want, f"dressed gives {out['turns']!r:.200}, should be {want!r:.300}"
+        )
 
     cases.append(Case("q4_dressed", dict(template=form, row=turns, attempt="as tried"), judge))
     return cases
