@@ -17,6 +17,7 @@ import sys
 import textwrap
 import zipfile
 import zlib
+from contextlib import nullcontext
 from xml.etree import ElementTree
 
 import pytest
@@ -51,7 +52,13 @@ from homework import (
 
 REFERENCE = {name: (ROOT / name).read_text() for name in CODE}
 SECONDS = 1.5  # of a case, here
-HANGING = {"an endless loop", "an endless sleep", "a flood of words", "all of the memory"}
+HANGING = {
+    "the garbage collector's list of functions",
+    "an endless loop",
+    "an endless sleep",
+    "a flood of words",
+    "all of the memory",
+}
 SLOW = pytest.mark.slow
 SEED = 3
 
@@ -133,12 +140,13 @@ def test_right_answers_that_look_otherwise(question, what, own, beside, judged):
 
 def test_there_are_enough_of_both():
     questions = [w[0] for w in WRONG]
-    assert len(WRONG) >= 150 and len(RIGHT) >= 20 and len(CHEATS) >= 30
+    assert len(WRONG) >= 150 and len(RIGHT) >= 18 and len(CHEATS) >= 30
     assert set(questions) == {r[0] for r in RIGHT} == set(CODED)
     assert len(set(NAMES)) == len(NAMES)
 
 
-def test_other_numbers_are_as_just(judged, students):
+@SLOW
+def test_other_numbers_are_as_just(students):
     """Every part, drawn again with other seeds, takes the reference."""
     for question in CODED:
         student, _ = students(question)
@@ -326,7 +334,7 @@ def test_the_copy_gives_nothing_else_away(copy):
         assert "you derive it" in doc and "Q − P" not in doc and "⊙" not in doc
         assert "Source" in doc and "The same P, Q" in doc or "lecture's example" in doc
     tests = (copy / "tests" / "test_questions.py").read_text()
-    for hint in ("log_softmax", "nonzero", "SYSTEM, *", "* d).sum()", "def plain_"):
+    for hint in ("log_softmax", "SYSTEM, *", "* d).sum()", "def plain_"):
         assert hint not in tests
     assert not any(path.name in ("judge.py", "worker.py") for path in copy.rglob("*"))
     settings = json.loads((homework.SOLUTIONS / "q6.json").read_text())
@@ -388,19 +396,33 @@ def test_what_is_not_asked_for_works_in_the_copy(copy):
             assert text and f"NotImplementedError: {asked[1]}: " in text, name
 
 
-def test_each_question_can_be_done_alone(copy, tmp_path):
-    """The copy's own tests of one question pass in a copy where nothing else is solved, by answers of a student's kind."""
-    folder = tmp_path / "alone"
-    shutil.copytree(copy, folder)
-    for question in CODED:
+def answered(folder, questions):
+    """Fill the copy in `folder` with answers of a student's kind."""
+    for question in questions:
         (name,) = QUESTIONS[question].files
-        text = file_with(question, bodies(question))
+        answer = file_with(question, bodies(question))
+        ours = (folder / name).read_text()
         wanted = homework.asked_for(question, name)
-        merged_text = merge(homework.given(name), text, ast.parse(text), wanted, name)
-        (folder / name).write_text(merged_text)
-        found = pytest_in(folder, "-m", question, "tests/test_questions.py")
+        (folder / name).write_text(merge(ours, answer, ast.parse(answer), wanted, name))
+
+
+def test_the_copys_tests_take_right_answers(copy, tmp_path):
+    folder = tmp_path / "answered"
+    shutil.copytree(copy, folder)
+    answered(folder, CODED)
+    found = pytest_in(folder, "-m", " or ".join(CODED))
+    assert len(found) > 30 and [text for text in found.values() if text] == []
+
+
+@SLOW
+def test_each_question_can_be_done_alone(copy, tmp_path):
+    """In a copy where nothing else is solved."""
+    for question in CODED:
+        folder = tmp_path / question
+        shutil.copytree(copy, folder)
+        answered(folder, [question])
+        found = pytest_in(folder, "-m", question)
         assert found and [text for text in found.values() if text] == [], question
-        (folder / name).write_text((copy / name).read_text())
 
 
 # Mistakes that a student's own tests show already: two of each question.
@@ -751,8 +773,8 @@ KIND = Kind("E", "nonsense", draw, share=0.2, drop=0.2, task={"fixed": True})
 
 
 @pytest.fixture
-def plural(monkeypatch):
-    """`measured` for a kind that can be learned, and one that cannot."""
+def plural(monkeypatch, students):
+    """`measured` for a kind that can be learned, and one that cannot. One process for all."""
 
     def measured(arguments, *_):
         drawn = json.load(open(arguments[1]))
@@ -760,16 +782,17 @@ def plural(monkeypatch):
         return dict(LEARNED) if sense else {"teacher": 0.0, "student": 0.0, "after": 0.0}
 
     monkeypatch.setattr(homework, "measured", measured)
+    monkeypatch.setattr(homework, "Student", lambda *_: nullcontext(students("q8")[0]))
 
 
 @pytest.mark.parametrize(
     "what, text, score",
     [
         ("the model answer", PLURAL, 10),
-        ("the context in the prompt", PLURAL.replace('f"many {word}"', 'f"ends in {ending} {word}"'), 9),
-        ("the answer in the prompt", PLURAL.replace('f"many {word}"', 'f"many {word} {answer}"'), 9),
+        ("the context in the prompt", PLURAL.replace('f"many {word}"', 'f"ends in {ending} {word}"'), 7),
+        ("the answer in the prompt", PLURAL.replace('f"many {word}"', 'f"many {word} {answer}"'), 7),
         ("a random state of its own", PLURAL.replace("rng.choice(VOWELS)", "__import__('random').choice(VOWELS)"), 0),
-        ("one that moves on", PLURAL.replace("rng.choice(VOWELS)", "VOWELS[(id(object()) // 16) % 5]"), 0),
+        ("one that moves on", PLURAL.replace("rng.choice(VOWELS)", "VOWELS[__import__('time').time_ns() % 5]"), 0),
         ("always the same", PLURAL.replace("draw_word(rng, heldout)", "'mot'"), 0),
         ("held-out words leak", PLURAL.replace("draw_word(rng, heldout)", "draw_word(rng)"), 0),
         ("the context decides nothing", PLURAL.replace("word + ending", "word + 'li'"), 8),
@@ -791,7 +814,7 @@ def plural(monkeypatch):
     ],
 )  # fmt: skip
 def test_q8_points(what, text, score, plural, tmp_path):
-    results = grade(handed(tmp_path, q8_py=text), ["q8"], seed=5, patience=0.15)
+    results = grade(handed(tmp_path, q8_py=text), ["q8"], seed=5)
     assert outcome(results)["q8"][0] == score, results
 
 

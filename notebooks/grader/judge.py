@@ -632,6 +632,7 @@ def judge_samples(want: list[Tensor], out) -> None:
     ids = tensor(run["ids"], "ids")
     demand(ids.shape == (MANY, len(want)), f"ids have shape {tuple(ids.shape)}")
     demand(run["moved"], "the generator that was given must be used: its state did not move")
+    demand(((ids >= 0) & (ids < len(want[0]))).all(), "ids beyond the vocabulary")
     for j, q in enumerate(want):
         found = shares(ids[:, j], len(q))
         off, never = (found - q).abs().max().item(), found[q == 0].sum().item()

@@ -544,7 +544,8 @@ def main():
         libc.prctl(4, 0, 0, 0, 0)  # nobody may look into it
     torch.set_num_threads(1)
     warm_up()
-    import_names(["numpy", "transformers", "tiktoken", *what_it_takes(order["meta"])])
+    needed = order["needed"] or what_it_takes(order["meta"])
+    import_names(["numpy", "transformers", "tiktoken", *needed])
     for name, text in order["given"].items():  # the instructor's, with its answers taken out
         module = types.ModuleType(name)
         sys.modules[name] = module
@@ -555,7 +556,7 @@ def main():
         module, owner, attribute = target.split(".")
         setattr(getattr(sys.modules[module], owner), attribute, STANDINS[name])
     del order, names
-    write_frame(sink, {"ready": True})
+    write_frame(sink, {"ready": True, "needed": needed})
     while (order := read_frame(source)) is not None:
         if "submission" in order:
             import_names(order["imports"])
