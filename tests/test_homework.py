@@ -1,8 +1,8 @@
 """The homework: what the student's copy holds, and whether the grader is just.
 
 Wrong answers must lose points in the parts that they get wrong and nowhere else; right answers that look otherwise must lose none;
-a submission may do anything, and reaches nothing. See answers.py. By default a wrong answer is judged on the first part that it must
-lose; `-m slow` judges it on all.
+a submission may do anything, and reaches nothing. See answers.py. By default a third of the wrong answers are judged, on the first
+part that they must lose; `-m slow` judges every one on all parts.
 """
 
 import ast
@@ -108,7 +108,12 @@ def lost(results):
 NAMES = [f"{w[0]}: {w[1]}" for w in WRONG]
 
 
-@pytest.mark.parametrize("question, what, parts, old, new", WRONG, ids=NAMES)
+def thinned(answers, every):
+    """All of them, but most are slow: a third of the wrong answers and half of the right ones are tried by default."""
+    return [pytest.param(*a, marks=[SLOW] * bool(i % every)) for i, a in enumerate(answers)]
+
+
+@pytest.mark.parametrize("question, what, parts, old, new", thinned(WRONG, 3), ids=NAMES)
 def test_a_wrong_answer_loses_points(question, what, parts, old, new, judged):
     """On the first part that it must lose; and says why."""
     (part,) = judged(question, changed(question, old, new), parts[:1]).values()
@@ -122,16 +127,21 @@ def test_a_wrong_answer_loses_exactly_its_parts(question, what, parts, old, new,
 
 
 @pytest.mark.parametrize("question", CODED)
-def test_the_reference_and_the_model_answer(question, judged):
-    (name,) = QUESTIONS[question].files
-    for text in (REFERENCE[name], file_with(question, bodies(question))):
-        found = judged(question, text)
-        assert [part for part in found.values() if part["reasons"]] == []
-        assert sum(part["score"] for part in found.values()) == QUESTIONS[question].points
+def test_the_reference_gets_all_points(question, judged):
+    found = judged(question, REFERENCE[QUESTIONS[question].files[0]])
+    assert [part for part in found.values() if part["reasons"]] == []
+    assert sum(part["score"] for part in found.values()) == QUESTIONS[question].points
+
+
+@SLOW
+@pytest.mark.parametrize("question", CODED)
+def test_the_model_answer_gets_all_points(question, judged):
+    found = judged(question, file_with(question, bodies(question)))
+    assert [part for part in found.values() if part["reasons"]] == []
 
 
 @pytest.mark.parametrize(
-    "question, what, own, beside", RIGHT, ids=[f"{r[0]}: {r[1]}" for r in RIGHT]
+    "question, what, own, beside", thinned(RIGHT, 2), ids=[f"{r[0]}: {r[1]}" for r in RIGHT]
 )
 def test_right_answers_that_look_otherwise(question, what, own, beside, judged):
     found = judged(question, file_with(question, bodies(question, own), beside))
