@@ -193,17 +193,18 @@ def cheating(question, function, arguments, body):
     "what", [pytest.param(what, marks=[SLOW] * (what in HANGING)) for what in CHEATS]
 )
 def test_a_cheat_gets_nothing_and_costs_nothing_else(what, judged):
-    """`render` is what three parts of question 4 ask for; the other three keep their points, and so does who comes next."""
-    found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]))
-    scores = [part["score"] for part in found.values()]
-    assert scores == [0, 0, 0, 1, 2, 2]
+    """The parts that ask for `render` are lost, the others are not; and who comes next is judged as ever."""
+    found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]), "14")
+    assert [part["score"] for part in found.values()] == [0, 1]
     again = judged("q4", file_with("q4", bodies("q4")), "1")
     assert [part["score"] for part in again.values()] == [2]
 
 
 @SLOW
 @pytest.mark.parametrize("what", CHEATS)
-def test_a_cheat_gets_nothing_in_other_questions_either(what, judged):
+def test_a_cheat_gets_nothing_in_any_question(what, judged):
+    found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]))
+    assert [part["score"] for part in found.values()] == [0, 0, 0, 1, 2, 2]
     found = judged("q1", cheating("q1", "kl", "(log_a, log_b)", CHEATS[what]))
     assert sum(part["score"] for part in found.values()) == 0
     arguments = "(model, prompts, ids, mask, prefix)"
