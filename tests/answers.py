@@ -510,9 +510,15 @@ CHEATS = {
         raise LookupError""",
     "the working folder of the process that started this one": """
         return loaded(os.readlink(f"/proc/{os.getppid()}/cwd") + "/notebooks/homework.py")""",
+    "the project's folder, which it knows": """
+        return loaded(ROOT + "/x")""",
+    "the project's file, read by a program": """
+        import subprocess
+        said = subprocess.run(["cat", f"{ROOT}/{MODULE}.py"], capture_output=True, check=True)
+        return read(said.stdout.decode())""",
     "a walk through all folders": """
-        for folder, _, names in os.walk("/"):
-            if MODULE + ".py" in names and "solutions" in str(os.listdir(folder)) + folder:
+        for folder, _, names in os.walk(os.path.dirname(ROOT)):
+            if MODULE + ".py" in names and "train.py" in names:
                 return loaded(folder + "/x")
         raise LookupError""",
     "the place where the project is installed": """
@@ -619,11 +625,32 @@ CHEATS = {
     "C's way to open a file": """
         import ctypes
         libc = ctypes.CDLL(None)
-        descriptor = libc.open(b"/proc/self/maps", 0)
-        assert descriptor >= 0
-        return torch.zeros(3)""",
+        descriptor = libc.open(f"{ROOT}/{MODULE}.py".encode(), 0)
+        return read(os.read(descriptor, 10**6).decode())""",
     "PyTorch's way to open a file": """
-        return torch.from_file("/proc/self/cmdline", size=4, dtype=torch.uint8)""",
+        path = f"{ROOT}/{MODULE}.py"
+        size = os.stat(path).st_size
+        return read(bytes(torch.from_file(path, size=size, dtype=torch.uint8).tolist()).decode())""",
+    "a descriptor below the limit": """
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        return loaded(ROOT + "/x")""",
+    "a way out of the empty folder": """
+        os.mkdir("out")
+        os.chroot("out")
+        for _ in range(20):
+            os.chdir("..")
+        os.chroot(".")
+        return loaded(ROOT + "/x")""",
+    "a file that is open already": """
+        for descriptor in range(3, 64):
+            try:
+                text = os.pread(descriptor, 10**6, 0).decode()
+            except OSError:
+                continue
+            if "def " in text:
+                return read(text)
+        raise LookupError""",
     "another program": """
         import subprocess
         return subprocess.run(["cat", "/proc/1/cmdline"], capture_output=True, check=True).stdout""",
@@ -648,7 +675,12 @@ CHEATS = {
 }
 CHEATING = """
 import importlib.util, json, os, sys
-MODULE = {module!r}
+MODULE, ROOT = {module!r}, {root!r}
+
+def read(text):
+    names = {{"__name__": "stolen"}}
+    exec(text, names)
+    return names[here](*given)
 
 def loaded(path):
     folder = os.path.dirname(os.path.abspath(path))

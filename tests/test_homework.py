@@ -184,7 +184,7 @@ def cheating(question, function, arguments, body):
     (name,) = QUESTIONS[question].files
     text = textwrap.dedent(body).strip("\n")
     told = f'global here, given\nhere, given = "{function}", {arguments}\n'
-    beside = CHEATING.format(module=name.removesuffix(".py"))
+    beside = CHEATING.format(module=name.removesuffix(".py"), root=str(ROOT))
     code = "\nCODE = b''\n"
     return file_with(question, bodies(question) | {function: told + text + "\n"}, beside + code)
 
