@@ -736,14 +736,14 @@ def judge_q6(submission: Path, seed: int, seconds: float, bases: Path) -> list[d
         return [valid, one(*failed), one("forgets_little", 8, 0, "nothing was learned")]
     said = ", ".join(f"{name} {found[name]:.3f}" for name in measure.MEASURED)
     enough = found["exact"] >= measure.LEARNED and found["tokens"] <= measure.BUDGET
-    forgot = max(0.0, -found["prior"], -found["steerability"])
+    forgot = round(max(0.0, -found["prior"], -found["steerability"]), 4)
     score = next((points for most, points in measure.FORGETTING if forgot <= most), 0)
     score = score if enough else 0
-    return [
-        valid,
-        one("learned_within_the_budget", 6, 6 * enough, "" if enough else said),
-        one("forgets_little", 8, score, "" if score == 8 else f"{forgot:.3f} forgotten: {said}"),
-    ]
+    why = "" if score == 8 else f"{forgot:.3f} forgotten: {said}"
+    little = one("forgets_little", 8, score, why)
+    if enough:  # the class is ranked by it
+        little["forgotten"] = forgot
+    return [valid, one("learned_within_the_budget", 6, 6 * enough, "" if enough else said), little]
 
 
 ROW = {"divergence", "teacher", "anchors", "score", "prior", "drift"}
@@ -868,7 +868,7 @@ def grade_question(
 ) -> dict:
     """-> one entry of Gradescope's "tests". Whatever the submission does, this returns."""
     asked, began = QUESTIONS[question], time.perf_counter()
-    seconds, lines, score = asked.seconds * patience, [], 0.0
+    seconds, lines, score, ranked = asked.seconds * patience, [], 0.0, {}
     try:
         if question in CODED:
             source, names = merged(submission, question)
@@ -882,6 +882,7 @@ def grade_question(
             score = round(score + part["score"], 2)
             lines.append(f"{part['score']:g}/{part['points']} {part['name']}")
             lines += [f"    {reason}" for reason in dict.fromkeys(part["reasons"][:3])]
+            ranked |= {"forgotten": part["forgotten"]} if "forgotten" in part else {}
     except Refused as reason:
         score, lines = 0.0, [str(reason)]
     except Exception as error:  # a submission may be anything; the others are still to be graded
@@ -900,7 +901,7 @@ def grade_question(
         "max_score": asked.points,
         "status": "passed" if score == asked.points else "failed",
         "output": "\n".join(lines),
-        "extra_data": {"seconds": round(time.perf_counter() - began, 1)},
+        "extra_data": {"seconds": round(time.perf_counter() - began, 1)} | ranked,
     }
 
 
@@ -923,8 +924,11 @@ def grade(
         said += f" Found in {folder.relative_to(submission)}/."
     if os.geteuid():
         said += " The code ran as the grader's user: it could open nothing, but see homework.md."
+    forgotten = [t["extra_data"]["forgotten"] for t in tests if "forgotten" in t["extra_data"]]
+    board = [{"name": "forgotten in q6", "value": v, "order": "asc"} for v in forgotten]
     return {
         "tests": tests,
+        "leaderboard": board,
         "score": round(sum(test["score"] for test in tests), 2),
         "visibility": "visible",
         "stdout_visibility": "hidden",
@@ -968,7 +972,7 @@ def grade_class(folder: Path, results: Path, questions: list[str], **how) -> Non
     found = [p for p in sorted(folder.iterdir()) if p.is_dir() or p.suffix == ".zip"]
     if not found:
         raise SystemExit(f"homework.py: {folder} has neither folders nor zips in it")
-    lines = [["who", *questions, "sum"]]
+    lines = [["who", *questions, "sum", "forgotten in q6"]]
     for path in found:
         kept = results / f"{path.stem}.json"
         if not kept.exists():
@@ -983,7 +987,8 @@ def grade_class(folder: Path, results: Path, questions: list[str], **how) -> Non
             unfinished.replace(kept)
         graded = json.loads(kept.read_text())
         scores = [f"{test['score']:g}" for test in graded["tests"]]
-        lines.append([path.stem, *scores, f"{graded['score']:g}"])
+        ranked = [f"{entry['value']:g}" for entry in graded["leaderboard"]]
+        lines.append([path.stem, *scores, f"{graded['score']:g}", *ranked])
         print("  ".join(lines[-1]), flush=True)
         with open(results / "grades.csv", "w", newline="") as file:
             csv.writer(file).writerows(lines)

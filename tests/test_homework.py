@@ -595,12 +595,14 @@ def test_a_whole_class(tmp_path, capsys):
     (everyone / "eve.zip").write_bytes(b"no zip")
     results = tmp_path / "graded"
     (results).mkdir()
-    kept = {"tests": [{"score": 7}], "score": 7}
+    board = [{"name": "forgotten in q6", "value": 0.02, "order": "asc"}]
+    kept = {"tests": [{"score": 7}], "score": 7, "leaderboard": board}
     (results / "ada.json").write_text(json.dumps(kept))
     arguments = ["class", str(everyone), "--results", str(results), "--only", "q3"]
     assert homework.main(arguments) == 0
     rows = list(csv.reader(open(results / "grades.csv")))
-    assert rows == [["who", "q3", "sum"], ["ada", "7", "7"], ["bob", "0", "0"]]
+    head = ["who", "q3", "sum", "forgotten in q6"]
+    assert rows == [head, ["ada", "7", "7", "0.02"], ["bob", "0", "0"]]
     output = json.loads((results / "bob.json").read_text())["tests"][0]["output"]
     assert output.startswith("model.py does not parse: line 1")
     assert "eve.zip" in capsys.readouterr().out and not (tmp_path / "outside.py").exists()
@@ -664,6 +666,7 @@ def test_q6_points(changes, score, trained, tmp_path):
     trained |= changes
     results = grade(handed(tmp_path), ["q6"])
     assert outcome(results)["q6"][0] == score, results
+    assert bool(results["leaderboard"]) == (score >= 7)
 
 
 @pytest.mark.parametrize(
