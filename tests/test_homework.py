@@ -148,6 +148,25 @@ def test_right_answers_that_look_otherwise(question, what, own, beside, judged):
     assert [part for part in found.values() if part["reasons"]] == []
 
 
+def test_a_reason_says_where(judged):
+    """Positions for the shift, rows and tokens for rollouts, turns for contexts."""
+    known = {w[:2]: w for w in WRONG}
+    for question, what, says in (
+        (
+            "q2",
+            "shifted by one the other way",
+            r"position \d+ of row \d; it is predicted at position",
+        ),
+        ("q2", "EOS not scored", r"shape \(\d+, 16\), should have \(\d+, 16\)"),
+        ("q3", "the padding counts as read", r"row \d \(a prompt of \d+ tokens\)"),
+        ("q4", "example turns dropped", "has the turns"),
+    ):
+        _, _, parts, old, new = known[question, what]
+        found = judged(question, changed(question, old, new), parts[:1])
+        reasons = [reason for part in found.values() for reason in part["reasons"]]
+        assert any(re.search(says, reason) for reason in reasons), reasons
+
+
 def test_there_are_enough_of_both():
     questions = [w[0] for w in WRONG]
     assert len(WRONG) >= 150 and len(RIGHT) >= 18 and len(CHEATS) >= 30

@@ -369,27 +369,30 @@ def as_tensors(completions, width=0, fill=0):
     return ids, mask
 
 
-def judge_states(model, prompts, ids, mask, cut, gradient, out):
+def which_state(model, prompts, ids, mask, state) -> str:
+    """Whose state this is, if it is any row's at any position."""
+    for b, (prompt, row, here) in enumerate(zip(prompts, ids, mask)):
+        states = model.hidden(torch.tensor([[*prompt, *row[here].tolist()]]))[0]
+        for t in range(len(states)):
+            if torch.allclose(states[t], state.to(states), rtol=1e-6):
+                return f"the state at position {t} of row {b}"
+    return "no state of these rows"
+
+
+def judge_states(model, prompts, ids, mask, gradient, out):
     want = plain_states(model, prompts, ids, mask)
     demand(out["unchanged"], "prompts, ids and mask must stay as they were given")
-    names = [f"row {b}, completion token {j}" for b, j in mask.nonzero().tolist()]
     got = tensor(out["states"], "what completion_states returns")
     shape = f"({len(want)}, {want.shape[1]}): a state for each True of the mask, EOS too"
     demand(got.shape == want.shape, f"states have shape {tuple(got.shape)}, should have {shape}")
-    for shift, said in ((1, "at the token itself: one too late"), (-1, "one too early")):
-        moved = [*prompts]
-        if shift > 0:  # the state after the token has been read
-            whole = [torch.tensor([[*p, *y[m].tolist()]]) for p, y, m in zip(prompts, ids, mask)]
-            moved = torch.cat([model.hidden(w)[0, len(p) :] for w, p in zip(whole, prompts)])
-        elif min(map(len, prompts)) > 1:
-            shorter = [p[:-1] for p in prompts]
-            late = [
-                torch.tensor([[*p, *y[m].tolist()]])[:, :-1] for p, y, m in zip(prompts, ids, mask)
-            ]
-            moved = torch.cat([model.hidden(w)[0, len(p) - 1 : -1] for w, p in zip(late, shorter)])
-        if isinstance(moved, Tensor) and torch.allclose(got, moved):
-            raise Wrong(f"the states are those {said}: which position predicts a token?")
-    near(out["states"], want, "states", 1e-8, 1e-9, names)
+    for k, (b, j) in enumerate(mask.nonzero().tolist()):
+        if not torch.allclose(got[k], want[k], rtol=1e-8, atol=1e-9):
+            found = which_state(model, prompts, ids, mask, got[k])
+            length = len(prompts[b])
+            raise Wrong(
+                f"for token {j} of row {b}, whose prompt has {length} tokens, there is {found}; "
+                f"it is predicted at position {length - 1 + j}"
+            )
     if gradient:
         weights = torch.arange(1, want.numel() + 1).double().reshape(want.shape)
         same_gradients(out["gradients"], gradients(model, (want * weights.cos()).sum()))
@@ -398,7 +401,7 @@ def judge_states(model, prompts, ids, mask, cut, gradient, out):
 def states_case(rng, completions, prompts, width=0, fill=0, cut=0, gradient=False, **changes):
     model, made = tiny(rng, **changes)
     ids, mask = as_tensors(completions, width, fill)
-    judge = partial(judge_states, model, prompts, ids, mask, cut, gradient)
+    judge = partial(judge_states, model, prompts, ids, mask, gradient)
     given = dict(gpt=made, prompts=[p[cut:] for p in prompts], ids=ids, mask=mask)
     return Case("q2_states", given | {"prefix": prompts[0][:cut]}, lambda out: judge(out))
 
