@@ -41,6 +41,7 @@ def pack(bases: Path, file: Path = FILE) -> None:
     about = {"name": name, "identity": json.dumps(state["identity"])}
     weights = {key: tensor.contiguous() for key, tensor in state["model"].items()}
     save_file(weights, file, metadata=about)
+    file.chmod(0o644)
 
 
 def unpack(bases: Path, file: Path = FILE) -> str:
