@@ -24,7 +24,6 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
-import answers
 import homework
 from answers import CHEATING, CHEATS, RIGHT, WRONG, bodies, changed, file_with
 from homework import (
@@ -224,7 +223,7 @@ def test_a_cheat_gets_nothing_and_costs_nothing_else(what, judged):
 def test_a_cheat_gets_nothing_in_any_question(what, judged):
     found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]))
     assert [part["score"] for part in found.values()] == [0, 0, 0, 1, 2, 2]
-    found = judged("q1", cheating("q1", "kl", "(log_a, log_b)", CHEATS[what]))
+    found = judged("q1", cheating("q1", "kl", "(log_a, log_b)", CHEATS[what]), "12345")
     assert sum(part["score"] for part in found.values()) == 0
     arguments = "(model, prompts, ids, mask, prefix)"
     found = judged("q2", cheating("q2", "completion_states", arguments, CHEATS[what]))
@@ -912,6 +911,3 @@ def test_the_base_goes_into_one_file_and_back(tmp_path):
     taken, name = train.get_base(cfg, str(tmp_path / "other"))
     assert name == folder.name
     assert all(torch.equal(p, weights[n]) for n, p in taken.named_parameters())
-
-
-assert answers.homework is homework
