@@ -239,16 +239,18 @@ def reinforce(policy: GPT, reference: GPT, draw, reward, how: RL):
     in_reward, in_loss = how.beta * (how.kl == "reward"), how.beta * (how.kl == "loss")
     for step in range(how.steps):
         many, prompts, ids, mask = roll_out(policy, draw(step), how, step)
+        logits = answer_logits(policy, prompts, ids, mask)  # (n, V)
         with torch.no_grad():
             r = reward(many, as_lists(ids, mask))  # (B,)
             theirs = [ref_reads(WORLD_CHAT, e) for e in many]
             ref_logits = answer_logits(reference, theirs, ids, mask)  # (n, V)
-            old_logp = chosen_logp(answer_logits(policy, prompts, ids, mask), ids, mask)  # (B, N)
+            old_logp = chosen_logp(logits, ids, mask)  # (B, N)
             log_ratio = old_logp - chosen_logp(ref_logits, ids, mask)
             returns = returns_to_go(r, log_ratio, mask, in_reward)
             advantage = advantages(returns, how.group, how.advantage)
-        for _ in range(how.updates):
-            logits = answer_logits(policy, prompts, ids, mask)
+        for update in range(how.updates):
+            if update:
+                logits = answer_logits(policy, prompts, ids, mask)
             logp = chosen_logp(logits, ids, mask)
             loss = policy_loss(logp, old_logp, advantage, mask, how.clip)
             if in_loss:
