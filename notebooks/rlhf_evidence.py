@@ -467,19 +467,14 @@ def learners(job, options) -> dict:
     return {"curve": curve, "right of 64": right, "beyond": beyond(student, seed, size["probes"])}
 
 
-class BestOfN:
-    """A policy that answers with the best of n under a reward model: it samples, it has no weights."""
-
-    def __init__(self, base, model, n):
-        self.base, self.model, self.n = base, model, n
-
-    def answers(self, examples, samples, seed):
-        how = replace(HOW, group=samples * self.n, seed=seed, max_new=24)
-        many, _, ids, mask = roll_out(self.base, examples, how, 0)
-        drawn = as_lists(ids, mask)
-        best = learned(self.model)(many, drawn).view(-1, self.n).argmax(1).tolist()
-        kept = [i * self.n + j for i, j in enumerate(best)]
-        return [many[i] for i in kept], [drawn[i] for i in kept]
+def best_answers(base: GPT, model: RewardModel, examples: list, samples: int, n: int, seed: int):
+    """Best-of-n as a policy: `samples` answers to every prompt, each the best of n under the model."""
+    how = replace(HOW, group=samples * n, seed=seed, max_new=24)
+    many, _, ids, mask = roll_out(base, examples, how, 0)
+    drawn = as_lists(ids, mask)
+    best = learned(model)(many, drawn).view(-1, n).argmax(1).tolist()
+    kept = [i * n + j for i, j in enumerate(best)]
+    return [many[i] for i in kept], [drawn[i] for i in kept]
 
 
 def best_of(job, options) -> dict:
@@ -488,11 +483,11 @@ def best_of(job, options) -> dict:
     model = RewardModel(base)
     trained = dict(experiment="reward", pairs=1000, seed=seed)
     model.load_state_dict(torch.load(weights(trained, options), weights_only=True))
-    policy, found = BestOfN(base, model, 2 if options.smoke else 16), {}
+    n, found = 2 if options.smoke else 16, {}
     for name, examples in tries(seed, size["probes"]).items():
-        many, answers = policy.answers(examples, 4, 995)
+        many, answers = best_answers(base, model, examples, 4, n, 995)
         found[name] = exact(many, answers).mean().item()
-    many, answers = policy.answers(heldout(seed, size["probes"]), 4, 994)
+    many, answers = best_answers(base, model, heldout(seed, size["probes"]), 4, n, 994)
     texts = [said(y) for y in answers]
     distinct = [len(set(texts[i : i + 4])) / 4 for i in range(0, len(texts), 4)]
     return {"beyond": found, "distinct": statistics.fmean(distinct)}
@@ -617,25 +612,30 @@ def self_distill(policy: GPT, teacher: GPT, draw, show, how: RL):
         yield {"kl": divergence.mean().item()}
 
 
-def pi_distill(policy: GPT, draw, reward, how: RL, alpha=0.5):
-    """π-Distill (arXiv:2602.04942) in the form used here: one set of weights, two policies.
+def pi_distill_loss(teacher, student, r, ids, mask, how: RL, alpha=0.5) -> torch.Tensor:
+    """π-Distill (arXiv:2602.04942) in the form used here: one set of weights, two policies, answers
+    sampled from the privileged one; logits (n, V) of both -> ().
 
-    α [ E_{y~π(·|x,C)} r − β KL(π(·|x,C) ‖ π(·|x)) ] − (1−α) E_{y~π(·|x,C)} Σ_t KL(π(·|x,C) ‖ π(·|x))
-    The privileged policy moves in the first bracket only, the student in the last term only."""
+    −α [ E_{y~π(·|x,C)} r − β KL(π(·|x,C) ‖ π(·|x)) ] + (1−α) KL(π(·|x,C) ‖ π(·|x))
+    The privileged policy gets gradient from the bracket only, the student from the last term only."""
+    logp = chosen_logp(teacher, ids, mask)
+    log_ratio = logp - chosen_logp(student, ids, mask)
+    advantage = advantages(returns_to_go(r, log_ratio, mask, how.beta), how.group, "rloo")
+    rewarded = policy_loss(logp, logp, advantage, mask)
+    imitate = on_grid(forward_kl(student, teacher), mask).sum(1).mean()
+    return alpha * rewarded + (1 - alpha) * imitate
+
+
+def pi_distill(policy: GPT, draw, reward, how: RL):
+    """Steps of `pi_distill_loss` on the privileged policy's rollouts."""
     optimizer = adam(policy, how.lr)
     for step in range(how.steps):
         many, seen, ids, mask = roll_out(policy, draw(step), how, step, teacher_prompt)
         r = reward(many, as_lists(ids, mask))
         prompts = [student_prompt(WORLD_CHAT, e) for e in many]
-        student = answer_logits(policy, prompts, ids, mask)  # (n, V)
-        teacher = answer_logits(policy, seen, ids, mask)
-        logp = chosen_logp(teacher, ids, mask)
-        log_ratio = (logp - chosen_logp(student, ids, mask)).detach()
-        returns = returns_to_go(r, log_ratio, mask, how.beta)
-        rewarded = policy_loss(logp, logp, advantages(returns, how.group, "rloo"), mask)
-        imitate = on_grid(forward_kl(student, teacher), mask).sum(1).mean()
-        move(policy, optimizer, alpha * rewarded + (1 - alpha) * imitate)
-        yield {"reward": r.mean().item(), "kl": log_ratio.sum(1).mean().item()}
+        student, teacher = (answer_logits(policy, x, ids, mask) for x in (prompts, seen))  # (n, V)
+        move(policy, optimizer, pi_distill_loss(teacher, student, r, ids, mask, how))
+        yield {"reward": r.mean().item()}
 
 
 def feedback(job, options) -> dict:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 
 import instruct
 import rlhf
+import rlhf_evidence as evidence
 from conftest import tiny_gpt
 from rlhf import RL, advantages, answer_logits, chosen_logp, policy_loss, returns_to_go
 from test_house import count
@@ -588,3 +589,148 @@ def test_gibbs_and_the_most_uncertain_distribution():
         close(crossed, entropy + kl(log_p, log_q))
         one_hot = F.one_hot(torch.tensor(2), 6).double()
         close(-(one_hot @ log_q), F.cross_entropy(log_q[None], torch.tensor([2])))
+
+
+# --------------------------------------------------------------------------------- the experiments' parts
+def test_pi_distill_by_enumeration(world):
+    """One set of weights reads (C, x) as teacher and x as student. The expected gradient is that of its two terms, each with one side held fixed."""
+    alpha, beta, seen = 0.3, 0.4, (3, 1, 1, 2)
+    how = replace(HOW, group=2, beta=beta)
+    log_t, log_s = (world.logp(world.policy, x).sum(1) for x in (seen, (1, 2)))
+    bracket = log_t.exp() @ (world.r - beta * (log_t - log_s.detach()))
+    exact = world.gradient_of(-alpha * bracket + (1 - alpha) * kl(log_t.detach(), log_s))
+    p, total = log_t.detach().exp(), 0.0
+    for pair in itertools.combinations_with_replacement(range(0, 40), 2):
+        times = 1 if pair[0] == pair[1] else 2
+        rows = list(pair)
+        ids, mask = world.ids[rows], world.mask[rows]
+        logits = [answer_logits(world.policy, [list(x)] * 2, ids, mask) for x in (seen, (1, 2))]
+        loss = evidence.pi_distill_loss(*logits, world.r[rows], ids, mask, how, alpha)
+        total = total + times * p[rows].prod() * loss
+    close(world.gradient_of(total), exact)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_best_of_pool_against_all_subsets(n):
+    values = torch.tensor([3.0, 1.0, 4.0, 1.5, 5.0], dtype=torch.float64).sort().values
+    subsets = list(itertools.combinations(values.tolist(), n))
+    wanted = sum(max(subset) for subset in subsets) / len(subsets)
+    assert (evidence.best_of_pool(5, n) @ values).item() == pytest.approx(wanted)
+
+
+def test_pass_at_k_against_all_subsets():
+    for right in range(6):
+        subsets = list(itertools.combinations([1] * right + [0] * (5 - right), 2))
+        share = sum(max(subset) for subset in subsets) / len(subsets)
+        assert evidence.pass_at_k(5, right, 2) == pytest.approx(share)
+
+
+def example(prompt="mot reverse swap rotate"):
+    answer = contexts.worked(prompt)
+    return contexts.Example("privileged", f"solution {answer}", prompt, answer, answer)
+
+
+def tokens(text):
+    return contexts.WORLD_CHAT.encode(text) + [contexts.END]
+
+
+def test_the_true_reward_by_hand():
+    e = example()  # tom, tmo, mot
+    assert e.answer == "tom tmo mot"
+    texts = ["tom tmo mot", "tom tmo", "mot tmo mot", "mot", "tom tmo mot mot"]
+    got = evidence.gold([e] * 5, [tokens(text) for text in texts])
+    torch.testing.assert_close(got, torch.tensor([4.0, 8 / 3, 8 / 3, 0.0, 3.0]))
+    assert evidence.exact([e] * 5, [tokens(text) for text in texts]).tolist() == [1, 0, 0, 0, 0]
+    assert evidence.last_step([e] * 2, [tokens("tom tmo mot"), tokens("mot")]).tolist() == [1, 1]
+
+
+def test_preferences_follow_bradley_and_terry(small, monkeypatch):
+    """Many pairs of known difference: the better one is preferred with probability σ(difference), ties never appear."""
+    policy, _, _ = small
+
+    def coin(examples, answers):  # rewards 0 and 1 by the first token
+        return torch.tensor([float(y[0] % 2) for y in answers])
+
+    pairs = evidence.preferences(policy, 0, 400, False, coin)
+    assert {pair[3] for pair in pairs} == {1.0, -1.0}
+    share = sum(pair[3] > 0 for pair in pairs) / 400
+    assert abs(share - 1 / (1 + math.exp(-1))) < 3 * math.sqrt(0.73 * 0.27 / 400)
+    assert all(pair[3] == pair[1][0] % 2 - pair[2][0] % 2 for pair in pairs)
+    assert pairs == evidence.preferences(policy, 0, 400, False, coin)  # repeatable
+    other = evidence.preferences(policy, 0, 50, True, coin)
+    word = contexts.decode(other[0][0]).split("<|user|>")[1].split()[0]
+    assert word in contexts.HELD_OUT_WORDS
+
+
+def test_a_reward_model_is_judged(gpt):
+    """On pairs with known rewards, by one that is r* itself and by its opposite."""
+    rewards = {4: 0.0, 5: 1.0, 6: 3.0}
+    pairs = [([1], [a], [b], rewards[a] - rewards[b]) for a in rewards for b in rewards if a > b]
+
+    def judge(scale):
+        model = lambda x, y: torch.tensor([scale * rewards[t[-1]] for t in y])
+        return evidence.judged(model, pairs)
+
+    good, bad = judge(1.0), judge(-1.0)
+    assert (good["accuracy"], bad["accuracy"]) == (1, 0) and good["agrees with r*"] == 1
+    assert good["slope"] == pytest.approx(1) and judge(0.5)["slope"] == pytest.approx(0.5)
+    assert good["loss"] == pytest.approx(good["loss of r*"]) and bad["loss"] > good["loss"]
+    bayes = sum(1 / (1 + math.exp(-d)) for d in (1, 3, 2)) / 3
+    assert good["Bayes accuracy"] == pytest.approx(bayes)
+
+
+def test_contexts_that_look_at_the_answer():
+    e, wrong, right = example(), "mot mot mot", "tom tmo mot"
+    assert evidence.told(e, wrong).context == "tried mot mot mot: wrong"
+    assert evidence.told(e, right).context == "tried tom tmo mot: right"
+    assert evidence.own_draft(e, wrong).context == "draft mot mot mot"
+    answers = [tokens(wrong), tokens(right)]
+    shown = evidence.show_sibling([e, e], answers)
+    assert [s.context for s in shown] == ["solution tom tmo mot"] * 2
+    alone = evidence.show_sibling([e], answers[:1])  # nobody in the group was right
+    assert alone[0].context == "tried mot mot mot: wrong"
+    assert evidence.show_solution([e], answers[:1])[0].context == "solution tom tmo mot"
+
+
+def test_the_four_kinds_come_back():
+    before = list(contexts.KINDS)
+    with pytest.raises(KeyError), evidence.looking():
+        assert list(contexts.KINDS) == [*before, "feedback", "draft"]
+        kinds = {contexts.draw_pretraining(contexts.seeded(i)).kind for i in range(200)}
+        assert kinds == {*before, "feedback", "draft"}
+        raise KeyError
+    assert list(contexts.KINDS) == before
+
+
+def test_a_wrong_attempt_is_called_wrong():
+    for i in range(50):
+        e = evidence.draw_feedback(contexts.seeded("feedback", i))
+        said, verdict = e.context.removeprefix("tried ").split(": ")
+        assert (said == e.answer) == (verdict == "right")
+
+
+def test_tries_leave_the_training_words_and_chains():
+    suites = evidence.tries(0, 12)
+    assert {name: len(suite) for name, suite in suites.items()} == dict.fromkeys(suites, 12)
+    for name, suite in suites.items():
+        for e in suite:
+            word, *verbs = e.prompt.split()
+            assert (word in contexts.HELD_OUT_WORDS) == (name != "trained words")
+            assert (set(verbs) <= set(contexts.CHAIN_VERBS)) == (name != "other verbs")
+            assert e.answer == contexts.worked(e.prompt)
+
+
+def test_smoke_runs_every_experiment_once(tmp_path, capsys):
+    """All jobs in small; the second time nothing is left to do. Then the page is made of what was run."""
+    options = ["--smoke", "--seeds", "1", "--out", str(tmp_path / "out")]
+    options += ["--results", str(tmp_path / "results"), "--page-file", str(tmp_path / "page.md")]
+    assert evidence.main(options) == 0
+    records = sorted((tmp_path / "results" / "runs").glob("*.json"))
+    wanted = {evidence.name_of(j) for what in evidence.EXPERIMENTS for j in evidence.jobs(what, 0)}
+    assert {path.stem for path in records} == wanted
+    times = [path.stat().st_mtime_ns for path in records]
+    capsys.readouterr()
+    assert evidence.main(options) == 0
+    assert times == [path.stat().st_mtime_ns for path in records]
+    page = (tmp_path / "page.md").read_text()
+    assert "1 seed" in page and "nan" not in page
