@@ -2,7 +2,7 @@
 
     python notebooks/rlhf_evidence.py                      everything, one process; what is done is kept
     python notebooks/rlhf_evidence.py state --seeds 5      one experiment, more seeds
-    python notebooks/rlhf_evidence.py --page               only the page and the figures, from what is there
+    python notebooks/rlhf_page.py                          only the tables and figures, from what is there
     python notebooks/rlhf_evidence.py --smoke              every code path in a minute, learning nothing
 
   over       over-optimisation: a learned reward against the true one     feedback   contexts that look at the answer
@@ -892,6 +892,9 @@ def main(argv=None) -> int:
         for seed in range(options.first, options.first + options.seeds):
             for job in jobs(what, seed):
                 do(job, options)
+    import rlhf_page
+
+    rlhf_page.write(options.results)
     return 0
 
 
