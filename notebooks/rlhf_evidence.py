@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,6 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
@@ -71,7 +69,6 @@ from contexts import (
 from cosd import cosd_loss, cross_entropy, entropy, forward_kl, reverse_kl
 from model import GPT, GPTConfig, pad_right
 
-torch.set_num_threads(1)
 HOW = RL(steps=80, prompts=16, group=8, max_new=16)
 
 
@@ -888,6 +885,7 @@ def main(argv=None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "notebooks" / "results" / "rlhf")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args(argv)
+    torch.set_num_threads(1)
     for what in options.what or EXPERIMENTS:
         for seed in range(options.first, options.first + options.seeds):
             for job in jobs(what, seed):

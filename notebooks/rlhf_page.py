@@ -112,6 +112,7 @@ def state(records, plt):
         said.append(f"β = {beta}: {seeds_of(list(runs.values()))}")
         for name, found in runs.items():
             start = pick(records, experiment="start", start=name)
+            start = {seed: run for seed, run in start.items() if seed in found}
             label = f"{name}, β = {beta}"
             if beta == 0:
                 cells = [
