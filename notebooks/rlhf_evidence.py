@@ -807,8 +807,10 @@ def jobs(what: str, seed: int) -> list[dict]:
         return starts + [rl_from(name, "exact", 0.1, seed) for name in five]
     if what == "hacking":
         return starts[:1] + [rl_from("base", "score", 0.0, seed)]
-    if what == "over":
-        ways = [("RL", 0.0), ("RL", 0.1), ("RAFT", 0.0), ("RL", 0.03)]
+    if what in ("over", "over-more"):
+        ways = [("RL", 0.0), ("RL", 0.1), ("RAFT", 0.0)]
+        if what == "over-more":
+            ways = [("RL", 0.03)]
         runs = []
         for pairs in (100, 1000):
             for method, beta in ways:
@@ -844,7 +846,7 @@ DO = {
     "instruct": instruct,
 }  # fmt: skip
 LEAVES_WEIGHTS = ("start", "reward")  # that other jobs begin with
-EXPERIMENTS = ["state", "over", "learners", "hacking", "feedback", "state-kl", "instruct"]
+EXPERIMENTS = ["state", "over", "learners", "hacking", "feedback", "instruct", "over-more", "state-kl"]
 
 
 def do(job, options) -> None:
