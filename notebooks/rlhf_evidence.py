@@ -444,7 +444,7 @@ def over(job, options) -> dict:
         loop = raft(policy, prompts, reward, how)
     look(0)
     for step, _ in enumerate(loop, 1):
-        if step % (1 if job["method"] == "RAFT" else 6) == 0 or step == how.steps:
+        if step % (2 if job["method"] == "RAFT" else 10) == 0 or step == how.steps:
             look(step)
     return {"curve": curve}
 
@@ -453,10 +453,10 @@ def over(job, options) -> dict:
 def learners(job, options) -> dict:
     """SFT or COSD on chains of three verbs, measured as RL from the base is (`state`)."""
     base, seed, size = base_of(job, options), job["seed"], sizes(options)
-    curve, limit = [], 2 if options.smoke else 160
+    curve, limit = [], 2 if options.smoke else 120
     for step, run, _ in chain_steps(job, options, 3, limit):
         student = run.student
-        if step % max(1, limit // 8) == 0:
+        if step % max(1, limit // 4) == 0:
             curve.append({"step": step} | measure(student, base, seed, size, {"base": base}))
         if step == limit:
             break
@@ -566,6 +566,28 @@ def looking():
         contexts.pretraining_batches.cache_clear()
 
 
+def looking_base(job, options) -> GPT:
+    """The base, taught to read both: 300 more steps of pretraining, on the world that has them."""
+    base, seed = base_of(job, options), job["seed"]
+    path = weights(dict(experiment="looking base", seed=seed), options)
+    if path.exists():
+        base.load_state_dict(torch.load(path, weights_only=True))
+        return base
+    optimizer, task = adam(base, 1e-3), contexts.pretraining_task()
+    steps = 2 if options.smoke else 300
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        drawn = task.draw_batch(f"looking {seed}", step, 8 if options.smoke else 96)
+        prompts = [teacher_prompt(WORLD_CHAT, e) for e in drawn]
+        y = [WORLD_CHAT.encode(e.answer) + [WORLD_CHAT.end] for e in drawn]
+        ids, mask = pad_right(y), pad_right([[1] * len(row) for row in y]).bool()
+        loss = cross_entropy(answer_logits(base, prompts, ids, mask), None, ids[mask]).mean()
+        move(base, optimizer, loss)
+    torch.save(base.state_dict(), path)
+    return base
+
+
 def show_solution(examples, answers):
     return examples  # type D: C is the worked solution, whatever the student said
 
@@ -638,7 +660,7 @@ def pi_distill(policy: GPT, draw, reward, how: RL):
 def feedback(job, options) -> dict:
     """Contexts that look at the answer, RL, OPSD and π-Distill: the same prompts, as many samples."""
     with looking():
-        base, seed, size = base_of(job, options), job["seed"], sizes(options)
+        base, seed, size = looking_base(job, options), job["seed"], sizes(options)
         policy, name = copy.deepcopy(base), job["method"]
         how = scaled(replace(HOW, steps=40, seed=seed, beta=job["beta"]), options)
         prompts = lambda step: draw(seed, how, step)
@@ -846,7 +868,16 @@ DO = {
     "instruct": instruct,
 }  # fmt: skip
 LEAVES_WEIGHTS = ("start", "reward")  # that other jobs begin with
-EXPERIMENTS = ["state", "over", "learners", "hacking", "feedback", "instruct", "over-more", "state-kl"]
+EXPERIMENTS = [
+    "state",
+    "over",
+    "learners",
+    "hacking",
+    "feedback",
+    "instruct",
+    "over-more",
+    "state-kl",
+]
 
 
 def do(job, options) -> None:
