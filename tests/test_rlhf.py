@@ -485,6 +485,19 @@ def test_reinforce_earns_more_and_a_kl_holds_it_back(small):
     assert spent[1.0] < spent[0.0] / 2
 
 
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_without_a_reward_the_kl_alone_draws_back(small, where):
+    """From other weights, and nothing to earn: the policy returns to its reference."""
+    reference, draw, _ = small
+    mine = copy.deepcopy(reference)
+    with torch.no_grad():
+        mine.embed.weight[:100] += 0.3 * torch.randn(100, 32)
+    how = replace(HOW, steps=30, group=16, lr=1e-2, beta=1.0, kl=where)
+    nothing = lambda examples, answers: torch.zeros(len(answers))
+    logs = [row["kl"] for row in rlhf.reinforce(mine, reference, draw, nothing, how)]
+    assert sum(logs[-5:]) < 0.5 * sum(logs[:5]) and logs[0] > 0.5
+
+
 def test_dead_groups_are_counted(small):
     """Of three groups one earns nothing throughout, one everything; in the third they differ."""
     policy, draw, _ = small
