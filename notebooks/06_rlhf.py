@@ -370,7 +370,7 @@ def tables(name, *which):
 
 
 picture("over")
-tables("over", 0, 2)
+tables("over", 0, 3)
 
 # %% [markdown]
 # **Question.** A reward model of 1,000 pairs predicts held-out preferences hardly better than one of 100. Why is it so much safer to climb?
@@ -436,4 +436,4 @@ tables("learners", 2)
 # ## Now you
 # 1. Fit the reward model of section 3 on 1,000 pairs and run sections 5 and 7 again.
 # 2. Reward the last word alone (`rlhf_evidence.last_step`). What does RL learn?
-# 3. `kl="loss"` in section 7: which β spends as many nats as .1 does in the reward?
+# 3. `kl_in_loss=True` in section 7: which β spends as many nats as .1 does in the reward?

@@ -179,15 +179,15 @@ def reached(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor) -> Te
 # ====================================================================================== 4. the loops
 @dataclass(frozen=True)
 class RL:
-    """What the loops share. `in_context`: the reference reads C; `kl`: in the reward or the loss."""
+    """What the loops share."""
 
     steps: int = 60
     prompts: int = 32
     group: int = 8
     lr: float = 3e-4
     beta: float = 0.0
-    kl: str = "reward"
-    in_context: bool = False
+    kl_in_loss: bool = False  # the KL stands in the loss; else in the reward
+    in_context: bool = False  # the reference reads C
     advantage: str = "rloo"
     clip: float = 0.2
     updates: int = 1  # of the policy, on each rollout
@@ -236,7 +236,7 @@ def reinforce(policy: GPT, reference: GPT, draw, reward, how: RL):
     -> (B,), where an answer is its list of tokens. Changes `policy`; yields the log of each step."""
     optimizer = adam(policy, how.lr)
     ref_reads = teacher_prompt if how.in_context else student_prompt
-    in_reward, in_loss = how.beta * (how.kl == "reward"), how.beta * (how.kl == "loss")
+    in_loss = how.beta * how.kl_in_loss
     for step in range(how.steps):
         many, prompts, ids, mask = roll_out(policy, draw(step), how, step)
         logits = answer_logits(policy, prompts, ids, mask)  # (n, V)
@@ -246,7 +246,7 @@ def reinforce(policy: GPT, reference: GPT, draw, reward, how: RL):
             ref_logits = answer_logits(reference, theirs, ids, mask)  # (n, V)
             old_logp = chosen_logp(logits, ids, mask)  # (B, N)
             log_ratio = old_logp - chosen_logp(ref_logits, ids, mask)
-            returns = returns_to_go(r, log_ratio, mask, in_reward)
+            returns = returns_to_go(r, log_ratio, mask, how.beta - in_loss)
             advantage = advantages(returns, how.group, how.advantage)
         for update in range(how.updates):
             if update:

@@ -121,15 +121,14 @@ def state(records, plt):
                 ]
                 cells.insert(0, across(start, lambda run: run["steps"], 0))
                 before.append([name, *cells, *[across(start, pass_of(k)) for k in (8, 64)]])
-            paths.append(
-                [
-                    label,
-                    across(found, steps_to(0.5), 0),
-                    across(found, last("exact")),
-                    paired(found, runs.get("SFT", {}), last("exact")),
-                    across(found, dead),
-                ]
-            )
+            less = lambda of: paired(found, runs.get("SFT", {}), of)
+            paths.append([label, across(found, steps_to(0.5), 0), across(found, last("exact"))])
+            paths[-1] += [
+                less(steps_to(0.5)),
+                less(last("exact")),
+                less(pass_of(64)),
+                across(found, dead),
+            ]
             sides.append(
                 [
                     label,
@@ -160,7 +159,8 @@ def state(records, plt):
     text = "\n\n".join([
         "Seeds: " + "; ".join(said) + f". Starts stop where {ENOUGH:.0%} of sampled answers to two verbs are right (measured every 10 steps).",
         "Before RL", table(["start", "steps of tuning", "two verbs", "three verbs", "entropy", "KL(π‖base)", "pass@8", "pass@64"], before),
-        "RL on the way", table(["start", "steps to .5", "three verbs at the end", "… less SFT's, in pairs", "dead groups"], paths),
+        "RL on the way; the columns *less SFT's* are differences seed by seed",
+        table(["start", "steps to .5", "three verbs at the end", "steps less SFT's", "three verbs less SFT's", "pass@64 less SFT's", "dead groups"], paths),
         "What it cost", table(["start", "KL(π‖start)", "KL(π‖base)", "entropy", "two verbs", "old skills lost"], sides),
         "pass@k after RL", table(["start", *[f"k = {k}" for k in (1, 2, 4, 8, 16, 32, 64)]], after),
     ])  # fmt: skip
@@ -186,7 +186,7 @@ def hacking(records, plt):
 
 def over(records, plt):
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), constrained_layout=True)
-    judges, best, runs = [], [], []
+    judges, sureness, best, runs = [], [], [], []
     for color, pairs in zip(("#D55E00", "#0072B2"), (100, 1000)):
         found = pick(records, experiment="reward", pairs=pairs)
         if not found:
@@ -201,6 +201,17 @@ def over(records, plt):
             "loss of r*",
         ]
         judges.append([str(pairs), *[across(found, lambda run: run[key]) for key in keys]])
+        for low in range(5):  # bins of the model's confidence
+            inside = [
+                row
+                for run in found.values()
+                for row in run["calibration"]
+                if 5 + low <= int(row[0] * 10 + 1e-6) < 6 + low
+            ]
+            count = sum(row[2] for row in inside)
+            if count:
+                sure, right = (sum(row[i] * row[2] for row in inside) / count for i in (0, 1))
+                sureness.append([str(pairs), f"{sure:.2f}", f"{right:.2f}", str(count)])
         ns = list(next(iter(found.values()))["best of"])
         curves = [
             [statistics.fmean(run["best of"][n][i] for run in found.values()) for n in ns]
@@ -242,6 +253,8 @@ def over(records, plt):
     text = "\n\n".join([
         "The reward model, on 500 held-out pairs and on a pool of 256 samples for each of 48 prompts (correlation within a prompt)",
         table(["pairs", "accuracy", "of Bayes", "agrees with r*", "correlation with r*", "slope", "loss", "loss of r*"], judges),
+        "Calibration: the probability that it gives to the answer it likes better, and how often that one was preferred",
+        table(["pairs", "said", "happened", "held-out pairs"], sureness),
         "r* of best-of-N under the model", table(["pairs", *[f"N = {n}" for n in ns]], best),
         "RL and RAFT against the model's reward; r* looks on",
         table(["", "seeds", "r* before", "r* at its best", "r* at the end", "end − best", "the model's reward", "KL(π‖base)"], runs),

@@ -449,11 +449,11 @@ HOW = RL(steps=3, prompts=3, group=4, max_new=8)
     [
         {},
         {"beta": 0.1},
-        {"beta": 0.1, "kl": "loss"},
+        {"beta": 0.1, "kl_in_loss": True},
         {"beta": 0.1, "in_context": True},
         {"updates": 3},
     ]
-    + [{"advantage": "grpo", "kl": "loss", "beta": 0.1, "updates": 2}],
+    + [{"advantage": "grpo", "kl_in_loss": True, "beta": 0.1, "updates": 2}],
 )
 def test_reinforce_changes_the_policy_alone_and_repeats_itself(small, changes):
     policy, draw, reward = small
@@ -485,14 +485,14 @@ def test_reinforce_earns_more_and_a_kl_holds_it_back(small):
     assert spent[1.0] < spent[0.0] / 2
 
 
-@pytest.mark.parametrize("where", ["reward", "loss"])
-def test_without_a_reward_the_kl_alone_draws_back(small, where):
+@pytest.mark.parametrize("in_loss", [False, True])
+def test_without_a_reward_the_kl_alone_draws_back(small, in_loss):
     """From other weights, and nothing to earn: the policy returns to its reference."""
     reference, draw, _ = small
     mine = copy.deepcopy(reference)
     with torch.no_grad():
         mine.embed.weight[:100] += 0.3 * torch.randn(100, 32)
-    how = replace(HOW, steps=30, group=16, lr=1e-2, beta=1.0, kl=where)
+    how = replace(HOW, steps=30, group=16, lr=1e-2, beta=1.0, kl_in_loss=in_loss)
     nothing = lambda examples, answers: torch.zeros(len(answers))
     logs = [row["kl"] for row in rlhf.reinforce(mine, reference, draw, nothing, how)]
     assert sum(logs[-5:]) < 0.5 * sum(logs[:5]) and logs[0] > 0.5
