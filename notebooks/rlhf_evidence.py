@@ -122,10 +122,11 @@ def length(examples, answers):
 
 # ================================================================================== 2. measurements
 @torch.no_grad()
-def sequence_kl(model: GPT, other: GPT, prompts, ids, mask) -> float:
-    """KL(model‖other) in nats per answer, on the model's own samples, exact at every token."""
-    mine, theirs = (answer_logits(m, prompts, ids, mask) for m in (model, other))
-    return on_grid(reverse_kl(mine, theirs), mask).sum(1).mean().item()
+def sequence_kl(logits, other: GPT, prompts, ids, mask) -> float:
+    """KL(model‖other) in nats per answer, on the model's own samples, exact at every token; the
+    model's logits on them are given."""
+    theirs = answer_logits(other, prompts, ids, mask)
+    return on_grid(reverse_kl(logits, theirs), mask).sum(1).mean().item()
 
 
 @torch.no_grad()
@@ -136,16 +137,17 @@ def sampled(policy: GPT, examples: list, samples: int, others: dict) -> dict:
     answers = as_lists(ids, mask)
     right, texts = exact(many, answers), [said(y) for y in answers]
     groups = [texts[i : i + samples] for i in range(0, len(texts), samples)]
-    h = on_grid(entropy(answer_logits(policy, prompts, ids, mask)), mask)  # (B, N)
     numbers = {
         "exact": right.mean().item(),
         "last step": last_step(many, answers).mean().item(),
         "gold": gold(many, answers).mean().item(),
-        "entropy": h.sum(1).mean().item(),  # nats per answer
         "distinct": statistics.fmean(len(set(group)) / samples for group in groups),
     }
+    if others:
+        logits = answer_logits(policy, prompts, ids, mask)  # (n, V)
+        numbers["entropy"] = on_grid(entropy(logits), mask).sum(1).mean().item()  # nats per answer
     for name, other in others.items():
-        numbers[f"kl to {name}"] = sequence_kl(policy, other, prompts, ids, mask)
+        numbers[f"kl to {name}"] = sequence_kl(logits, other, prompts, ids, mask)
     return numbers
 
 
@@ -163,21 +165,24 @@ def skills(policy: GPT, seed: int, count: int) -> dict:
     return {name: greedy(policy, suite, teacher_prompt) for name, suite in probes.items()}
 
 
-@lru_cache
-def own_samples(base: GPT, seed: int, count: int):
-    """The base's answers to held-out prompts: on these the Razor's KL(base‖tuned) is measured."""
-    return roll_out(base, heldout(seed, count), replace(HOW, group=2, seed=998), 0)
+@lru_cache(maxsize=1)
+def own_samples(base: GPT, seed: int, count: int) -> tuple:
+    """The base's answers to held-out prompts and its logits on them: there the Razor's
+    KL(base‖tuned) is measured."""
+    _, prompts, ids, mask = roll_out(base, heldout(seed, count), replace(HOW, group=2, seed=998), 0)
+    with torch.no_grad():
+        return prompts, ids, mask, answer_logits(base, prompts, ids, mask)
 
 
 def measure(policy: GPT, base: GPT, seed: int, size: dict, others: dict) -> dict:
     """A point of a curve."""
     numbers = sampled(policy, heldout(seed, size["prompts"]), 4, others)
     two = sampled(policy, heldout(seed, size["prompts"], steps=2), 2, {})
-    _, prompts, ids, mask = own_samples(base, seed, size["prompts"])
+    prompts, ids, mask, logits = own_samples(base, seed, size["prompts"])
     return numbers | {
         "two verbs": two["exact"],
         "skills": skills(policy, seed, size["probes"]),
-        "razor": sequence_kl(base, policy, prompts, ids, mask),
+        "razor": sequence_kl(logits, policy, prompts, ids, mask),
     }
 
 
@@ -352,7 +357,10 @@ def learned(model: RewardModel):
 
     @torch.no_grad()
     def reward(examples, answers):
-        return model([student_prompt(WORLD_CHAT, e) for e in examples], answers)
+        prompts, parts = [student_prompt(WORLD_CHAT, e) for e in examples], []
+        for i in range(0, len(prompts), 512):
+            parts.append(model(prompts[i : i + 512], answers[i : i + 512]))
+        return torch.cat(parts)
 
     return reward
 
@@ -431,7 +439,9 @@ def over(job, options) -> dict:
         answers = as_lists(ids, mask)
         point = {"step": step, "gold": gold(many, answers).mean().item()}
         point["model's reward"] = reward(many, answers).mean().item()
-        point["kl to base"] = sequence_kl(policy, base, prompts, ids, mask)
+        with torch.no_grad():
+            logits = answer_logits(policy, prompts, ids, mask)
+        point["kl to base"] = sequence_kl(logits, base, prompts, ids, mask)
         curve.append(point)
 
     how = replace(HOW, steps=60, beta=job["beta"], seed=seed)
