@@ -802,7 +802,7 @@ def instruct(job, options) -> dict:
 
     found = {"unseen family": unseen, "before": score([unseen])}
     optimizer = adam(model, 3e-4)
-    for step in range(0 if not seen else 3 if options.smoke else 150):
+    for step in range(0 if not seen else 3 if options.smoke else 400):
         rng = seeded(seed, "tune", step)
         move(model, optimizer, loss_of([ask(rng, seen, False) for _ in range(32)]))
     if seen:
