@@ -576,9 +576,8 @@ def looking():
         contexts.pretraining_batches.cache_clear()
 
 
-def looking_base(job, options) -> GPT:
+def looking_base(base: GPT, seed: int, options) -> GPT:
     """The base, taught to read both: 300 more steps of pretraining, on the world that has them."""
-    base, seed = base_of(job, options), job["seed"]
     path = weights(dict(experiment="looking base", seed=seed), options)
     if path.exists():
         base.load_state_dict(torch.load(path, weights_only=True))
@@ -669,8 +668,9 @@ def pi_distill(policy: GPT, draw, reward, how: RL):
 
 def feedback(job, options) -> dict:
     """Contexts that look at the answer, RL, OPSD and π-Distill: the same prompts, as many samples."""
+    four, seed, size = base_of(job, options), job["seed"], sizes(options)
     with looking():
-        base, seed, size = looking_base(job, options), job["seed"], sizes(options)
+        base = looking_base(four, seed, options)
         policy, name = copy.deepcopy(base), job["method"]
         how = scaled(replace(HOW, steps=40, seed=seed, beta=job["beta"]), options)
         prompts = lambda step: draw(seed, how, step)
