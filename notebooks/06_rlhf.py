@@ -14,10 +14,10 @@
 # | step 3: RL; the reward spread over tokens | `returns_to_go`, `advantages`, `policy_loss`, `reinforce` | 7 |
 # | over-optimisation, and what β is for | `notebooks/rlhf_evidence.py over` | 8 |
 # | post 6: "the perfect pre-RL state" | `notebooks/rlhf_evidence.py state` | 9 |
-# | instruction tuning, FLAN, teacher forcing with a prefix-LM | `notebooks/instruct.py` | 10 |
-# | cosine similarity; the post's GEM | `cosine`, `gradient` | 11 |
+# | instruction tuning, FLAN, teacher forcing with a prefix-LM | `notebooks/instruct.py` | 11 |
+# | cosine similarity; the post's GEM | `cosine`, `gradient` | 12 |
 #
-# What is trained here takes a minute or two once the base of notebook 03 is there. The figures of sections 8 to 11 are of committed runs.
+# What is trained here takes a minute or two once the base of notebook 03 is there. The figures of sections 8 to 12 are of committed runs.
 
 # %%
 # used only where the notebook stands alone, as on Colab
@@ -373,7 +373,7 @@ picture("over")
 tables("over", 0, 3)
 
 # %% [markdown]
-# **Question.** A reward model of 1,000 pairs predicts held-out preferences hardly better than one of 100. Why is it so much safer to climb?
+# **Question.** With 1,000 pairs the reward model is better by every measure of the first table. Is it safe to climb? What would you watch, if you did not know r*?
 #
 # ## 9. The perfect state before RL?
 # The post ends: COSD "yields the perfect pre-RL state … ready to be further optimized by Reinforcement Learning without the risk of collapse". So: five starts. The base; SFT on solutions; distillation
@@ -387,10 +387,24 @@ picture("state")
 tables("state", 0, 1, 2)
 
 # %% [markdown]
-# What the table says is that tuning on two verbs, by whatever method, saves RL many steps, and that the *way* of tuning makes no difference that these seeds could show.
-# `notebooks/pages/rlhf.md` says what was run, and what else was found: the reward that is hacked, contexts that look at the student's own answer, and what does not generalise.
+# Tuning on two verbs, by whatever method, saves RL many steps. Read the columns of differences with their intervals: does the *way* of tuning make one that these seeds can
+# show? `notebooks/pages/rlhf.md` says what was run, and what else was found: a reward that is hacked, what does not generalise.
 #
-# ## 10. Instruction tuning, and two masks
+# ## 10. Contexts that look at the answer
+# RL learns from one number per answer. A context can say more, and it may depend on the student's own attempt: "tried rid dir: wrong" (SDPO), a right answer of the same
+# group, or only the draft itself, to be read again. The base was first taught to read such contexts. The last rows have a reward, too: PID's OPSD (RL with the teacher that sees the solution
+# as reference) and π-Distill.
+#
+# **Question.** "The own draft" gets no verdict at all. Where does what it teaches come from?
+
+# %%
+picture("feedback")
+tables("feedback", 0)
+
+# %% [markdown]
+# From pretraining: with a draft in context this base is careful, without one it is not. A teacher must know better than its student, not more than the world.
+#
+# ## 11. Instruction tuning, and two masks
 # Where does the model that answers come from? From a base that continues text. In the lecture SFT is drawn as teacher forcing with a *prefix-LM*: the prompt is read in both
 # directions, the answer from left to right. Only the mask differs (rows: who looks; columns: what is seen; prompt of four tokens, answer of three):
 
@@ -413,7 +427,7 @@ picture("instruct")
 tables("instruct", 0)
 
 # %% [markdown]
-# ## 11. The angle between two gradients
+# ## 12. The angle between two gradients
 # cos(v, w) = v·w / |v||w| is at most 1, with equality exactly when v is a positive multiple of w. The post's GEM asks it of two gradients, that of the new task and that of the old
 # skills' loss: if the cosine is negative, a small step on the first makes the second worse.
 

@@ -58,10 +58,20 @@ def last(key: str):
     return lambda run: run["curve"][-1][key]
 
 
-def lost(run: dict) -> float:
-    """Exact match that went away since the curve's first point, mean over the suites of old skills."""
-    before, after = run["curve"][0]["skills"], run["curve"][-1]["skills"]
-    return statistics.fmean(before[name] - after[name] for name in before)
+FOUR = ("verbs", "demonstrations", "specification", "instructions", "privileged")
+
+
+def lost_of(suites):
+    """Exact match that went away since the curve's first point, mean over suites of old skills."""
+
+    def lost(run: dict) -> float:
+        before, after = run["curve"][0]["skills"], run["curve"][-1]["skills"]
+        return statistics.fmean(before[name] - after[name] for name in suites)
+
+    return lost
+
+
+lost = lost_of(FOUR)
 
 
 def pass_of(k: int):
@@ -318,12 +328,15 @@ def feedback(records, plt):
         found = pick(records, experiment="feedback", method=name)
         if not found:
             continue
-        teacher = (
-            across(found, lambda run: run["teacher"][name])
-            if name in next(iter(found.values()))["teacher"]
-            else "–"
-        )
-        rows.append([name, str(len(found)), teacher, across(found, last("exact")), across(found, lost, 3), across(found, last("kl to base"), 1), across(found, last("entropy"))])  # fmt: skip
+        seen = name in next(iter(found.values()))["teacher"]
+        row = [
+            name,
+            str(len(found)),
+            across(found, lambda run: run["teacher"][name]) if seen else "–",
+        ]
+        row += [across(found, lambda run: run["curve"][0]["exact"]), across(found, last("exact"))]
+        row += [across(found, lost_of(FOUR), 3), across(found, lost_of(("feedback", "draft")), 3)]
+        rows.append(row + [across(found, last("kl to base"), 1), across(found, last("entropy"))])
         axis.plot(*mean_curve(found, "step", "exact"), "o-", markersize=3, label=name)
     axis.set(xlabel="step (16 prompts × 8 answers)", ylabel="three verbs, all steps right")
     axis.legend(fontsize=7)
@@ -332,8 +345,10 @@ def feedback(records, plt):
             "",
             "seeds",
             "the base in context",
-            "three verbs",
+            "three verbs before",
+            "after",
             "old skills lost",
+            "reading feedback and drafts lost",
             "KL(π‖base)",
             "entropy",
         ],
