@@ -5,13 +5,15 @@
     python notebooks/rlhf_page.py                          only the tables and figures, from what is there
     python notebooks/rlhf_evidence.py --smoke              every code path in a minute, learning nothing
 
-  over       over-optimisation: a learned reward against the true one     feedback   contexts that look at the answer
-  state      the state before RL: five starts, the same RL                instruct   tasks as instructions; two masks
+  state      the state before RL: five starts, the same RL; `state-kl`: the same with a KL to the start
+  hacking    RL where only the last word is graded
+  over       over-optimisation: a learned reward against the true one; `over-more`: another β
   learners   SFT, COSD, best-of-N and RL on one rule: forgetting, generality, diversity, angles of gradients
+  feedback   contexts that look at the answer, beside RL, OPSD and π-Distill; experience traces
+  instruct   tasks as instructions; two masks
 
 A job is one run with its settings and seed. It ends in runs/NAME.json, with NAME made of both, and is not run twice;
-its weights, where another job starts from them, stay in --out. Everything is on one thread. All means are over seeds,
-± half the 95 % confidence interval (Student's t), differences in pairs.
+its weights, where another job starts from them, stay in --out. Everything is on one thread, one process.
 """
 
 import argparse
