@@ -749,3 +749,12 @@ def test_smoke_runs_every_experiment_once(tmp_path, capsys):
     for name in ("state", "hacking", "over", "learners", "feedback", "instruct"):
         page = (tmp_path / "results" / f"{name}.md").read_text()
         assert "nan" not in page and (tmp_path / "results" / f"{name}.png").exists()
+
+
+def test_the_page_shows_what_was_committed():
+    """Each row of each table of pages/rlhf.md stands in a page that was made from the records; each figure of the notebook exists."""
+    pages = ROOT / "notebooks" / "results" / "rlhf"
+    written = "".join(path.read_text() for path in pages.glob("*.md"))
+    page = (ROOT / "notebooks" / "pages" / "rlhf.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) > 40 and all(f"\n{row}\n" in written for row in rows)
