@@ -27,7 +27,7 @@ elif not os.path.exists("cosd.py"):  # alone: fetch the whole project, and what 
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
     os.chdir("cosd")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "."], check=True)
-sys.path[:0] = ["", "notebooks"]
+sys.path.insert(0, "")
 
 # %%
 import contextlib
@@ -39,11 +39,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from perplexity import perplexity, read_paragraphs
 
 from contexts import open_chat
 from model import GPT
 from train import Config, run_own
+
+sys.path.insert(0, "notebooks")
+from perplexity import perplexity, read_paragraphs
 
 plt.rcParams.update(
     {

@@ -197,7 +197,7 @@ def test_the_export_has_the_files_of_the_original_tokenizer(files, tmp_path):
     told = json.loads((folder / "tokenizer_config.json").read_text())
     told["tokenizer_class"] = "PreTrainedTokenizerFast"  # as transformers 4 writes it
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
-    for name in ("special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model"):
+    for name in ("special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"):
         (folder / name).write_text("{}")
     (folder / "README.md").write_text("of the base")
     (folder / "tokenizers").mkdir()
