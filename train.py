@@ -225,15 +225,11 @@ def demand_finite(run: Run, row: dict) -> None:
     may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or may_overflow):
         return
-    raise Diverged(
+    raise FloatingPointError(
         f"{run.folder.stem}: loss {row['loss']}, gradient norm {row['grad_norm']} at step "
         f"{row['step']}: not a finite number. Try a lower --lr or --dtype fp32; the last good "
         f"state is in {run.folder}, if one was saved"
     )
-
-
-class Diverged(Exception):
-    """The loss is no longer a number: one line, exit code 1."""
 
 
 @contextmanager
@@ -480,10 +476,10 @@ def sample_text(run: Run) -> str:
         prompt = [student_prompt(chat, e)]
         y = write(run, student, prompt, run.cfg.temperature, "samples", run.step)
         theirs = context_prompts(run.task, [e], y)
-        rows = make_rows(prompt, y, run.teacher, theirs, None)
         text += chat.decode(theirs[0] + y[0]) + "\n  "
-        both = torch.stack(cosd.token_probabilities(student, rows), dim=1)  # (n, 2)
-        for token, (q, p) in zip(y[0], both.tolist()):
+        rows = make_rows(prompt, y, run.teacher, theirs, None)
+        both = torch.stack(cosd.token_probabilities(student, rows)).T.tolist()  # (n, 2)
+        for token, (q, p) in zip(y[0], both):
             text += f" {chat.decode([token])!r} {q:.2f}→{p:.2f}"
         text += "\n"
     return text
@@ -501,7 +497,7 @@ def replace_file(path: Path, write_to: Callable) -> None:
     os.replace(unfinished, path)
 
 
-KEPT = ["identity", "step", "log", "curve", "samples", "before", "result"]  # of a Run
+KEPT = "identity step log curve samples before result".split()  # of a Run
 
 
 def save_run(run: Run) -> None:
@@ -511,7 +507,7 @@ def save_run(run: Run) -> None:
     if run.result is None:
         state["optimizer"], state["scaler"] = run.optimizer.state_dict(), run.scaler.state_dict()
         state["teacher"] = run.teacher.model.state_dict() if run.teacher.kind == "ema" else {}
-    elif (run.folder / "export").exists() and not run.cfg.lora:  # it has the weights
+    elif run.cfg.model and not run.cfg.lora:  # its export has the weights
         state["model"] = {}
     replace_file(run.folder / "state.pt", partial(torch.save, state))
     lines = [json.dumps(row) + "\n" for row in run.log]
@@ -584,9 +580,8 @@ def assemble(cfg: Config, task: contexts.Task, student: GPT, identity: dict, fol
     teacher = Teacher(student, cfg.teacher, cfg.ema_rate, task.shared)
     base = teacher if cfg.teacher == "frozen" else Teacher(student, "frozen")
     low_precision_(base.model, dtype)
-    decay = METHODS[cfg.method].weight_decay
-    weights = trained(student).values()
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    how = {"betas": (0.9, 0.95), "weight_decay": METHODS[cfg.method].weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(trained(student).values(), **how)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     made = optimizer, scaler, autocast, make_objective(cfg.divergence, top_k=cfg.top_k)
     return Run(cfg, task, student, teacher, base, *made, folder, identity)
@@ -594,10 +589,6 @@ def assemble(cfg: Config, task: contexts.Task, student: GPT, identity: dict, fol
 
 # These do not change a run's result, or by rounding only.
 NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing compile dry_run".split()
-
-
-def settings_of(cfg: Config) -> dict:
-    return {key: value for key, value in asdict(cfg).items() if key not in NOT_IDENTITY}
 
 
 def digest(value) -> str:
@@ -628,7 +619,8 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
 def run_method(cfg: Config, task: contexts.Task, student: GPT, base: str) -> dict:
     """Compile one context into `student` by one method, measured before and after. Returns the
     result."""
-    identity = settings_of(cfg) | {"files": [digest(file.read_text()) for file in input_files(cfg)]}
+    identity = {key: value for key, value in asdict(cfg).items() if key not in NOT_IDENTITY}
+    identity["files"] = [digest(file.read_text()) for file in input_files(cfg)]
     setting = f"{cfg.context}-{cfg.method}-{digest(identity | {'seed': 0})[:4]}"
     folder = Path(cfg.out) / f"{setting}-seed{cfg.seed}"  # other settings, another folder
     identity["base"] = base
@@ -680,22 +672,25 @@ def run_own(cfg: Config) -> dict:
     """A run on the user's model and files. Whatever is wrong with the files shows up before any
     weight is loaded."""
     path = Path(cfg.model)
+    for file in [path, *input_files(cfg)]:
+        if any((place / "state.pt").exists() for place in file.resolve().parents):
+            raise BadInput(f"{file} lies in a run's folder, which may be replaced: copy it first")
     with reading(f"--model {cfg.model}"):
         # A name of the hub, or a path: out/x, where there is a folder out, is a path.
         local = cfg.model[0] in "./~" or path.exists() or path.parent.name and path.parent.is_dir()
         if local and not (path / "config.json").is_file():
             raise ValueError("no config.json there: name a folder with a whole model, not adapters")
         shape = read_config(cfg.model)
-        how = json.loads(cfg.chat_template_kwargs)
-        chat = contexts.open_chat(cfg.model, shape.vocab_size, **how)
+        extra = json.loads(cfg.chat_template_kwargs)
+        chat = contexts.open_chat(cfg.model, shape.vocab_size, **extra)
     task = contexts.file_task(cfg, chat, shape.max_len)
     if cfg.dry_run:
         warn("nothing is trained; memory and time: python notebooks/plan.py with the same flags")
         return {}
     with reading(f"--model {cfg.model}"):
         student = GPT.from_pretrained(cfg.model).to(resolve_device(cfg.device, cfg.dtype)[0])
-    fingerprint = digest([p.flatten()[:8].tolist() for p in student.parameters()])
-    return run_method(cfg, task, student, fingerprint)
+    sample = [p.flatten()[:8].tolist() for p in student.parameters()]
+    return run_method(cfg, task, student, digest(sample))
 
 
 # ===================================================================================== 6. the whole
@@ -723,19 +718,19 @@ def train(cfg: Config) -> list[dict]:
             for run_cfg in comparison(replace(cfg, context=kind)):
                 if cfg.method != "pretrain":
                     results.append(run_method(run_cfg, task, copy.deepcopy(base), name))
-    report = f"{Path(__file__).parent}/notebooks/report.py"  # the table and the figure
-    if any(results):
+    if any(results):  # the table and the figure
+        report = f"{Path(__file__).parent}/notebooks/report.py"
         subprocess.run([sys.executable, report, cfg.out], check=True)
     return results
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     try:
         train(parse(argv))
         return 0
     except KeyboardInterrupt as stopped:
         said, code = f"{stopped}: go on with the same command and --resume", 130
-    except Diverged as error:
+    except FloatingPointError as error:
         said, code = error, 1
     except (BadInput, OSError) as error:
         said, code = f"error: {error}", 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -460,19 +461,6 @@ def test_dry_run_writes_nothing_and_loads_no_weights(files, checkpoint, monkeypa
     assert main(flags(files, checkpoint, dry_run=True, score="vibes")) == 2
 
 
-def test_one_context_after_the_other(files, checkpoint):
-    """A run may start from another's export; it has a folder of its own, and leaves that one alone."""
-    first = run_one(files, checkpoint, lr=0.01)
-    before = contents(first["folder"])
-    second = run_one(files, f"{first['folder']}/export", "specification", lr=0.01)
-    assert second["folder"] != first["folder"] and contents(first["folder"]) == before
-    (_, one), (_, two) = (their_logits(f"{result['folder']}/export") for result in (first, second))
-    assert not torch.allclose(one, two, atol=1e-3)
-    assert (
-        run_one(files, f"{first['folder']}/export", "specification", lr=0.01, resume=True) == second
-    )
-
-
 # ----------------------------------------------------------------------------------------- bad input
 CASES = {  # what is wrong: {file: content}, flags, what is said
     "not JSON": ({"train.jsonl": '{"prompt": "a"}\n{"prompt": "b",}\n'}, {}, "train.jsonl:2: "),
@@ -504,7 +492,36 @@ CASES = {  # what is wrong: {file: content}, flags, what is said
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("what", ["model", "prompts", "deep", "unfinished"])
+def test_an_input_inside_a_runs_folder_is_refused(files, checkpoint, capsys, what):
+    """The run might replace what it reads."""
+    folder = Path(run_one(files, checkpoint)["folder"])
+    if what == "unfinished":
+        folder = folder.rename(folder.with_suffix(".unfinished"))
+    changes = {"model": folder / "export"}
+    if what in ("prompts", "deep"):
+        place = folder / "my" / "files" if what == "deep" else folder
+        place.mkdir(parents=True, exist_ok=True)
+        changes = {"prompts": lines(place / "mine.jsonl", ROWS)}
+    before = contents(files)
+    for out in (files / "out", files / "elsewhere"):
+        for method in ("cosd", "sft"):
+            settings = changes | {"method": method, "out": out}
+            assert main(flags(files, checkpoint, **settings)) == 2
+            said = capsys.readouterr().err.strip().splitlines()[-1]
+            assert "lies in a run's folder, which may be replaced: copy it first" in said
+    assert contents(files) == before and not (files / "elsewhere").exists()
+
+
+def test_one_context_after_the_other(files, checkpoint):
+    """A run may start from a copy of another's export."""
+    first = run_one(files, checkpoint, lr=0.01)
+    copy = shutil.copytree(f"{first['folder']}/export", files / "first")
+    second = run_one(files, str(copy), "specification", lr=0.01)
+    (_, one), (_, two) = (their_logits(f"{result['folder']}/export") for result in (first, second))
+    assert not torch.allclose(one, two, atol=1e-3)
+
+
 def test_bad_files_are_one_line_and_exit_code_2(files, checkpoint, capsys, monkeypatch, case):
     contents_, changes, message = CASES[case]
     for name, content in contents_.items():
