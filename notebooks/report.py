@@ -73,8 +73,13 @@ def read_results(out: Path) -> list[dict]:
             if result is not None:  # None: the run is not complete
                 results.append(with_changes(result))
     order = list(KINDS)
-    results.sort(key=lambda r: order.index(kind_of(r)) if kind_of(r) in order else len(order))
-    return results
+
+    def place(result: dict) -> tuple:
+        config, kind = result["config"], kind_of(result)
+        known = order.index(kind) if kind in order else len(order)
+        return known, config["method"], config.get("lr") or 0.0, config.get("seed") or 0
+
+    return sorted(results, key=place)
 
 
 def kind_of(result: dict) -> str:
