@@ -522,6 +522,7 @@ def test_one_context_after_the_other(files, checkpoint):
     assert not torch.allclose(one, two, atol=1e-3)
 
 
+@pytest.mark.parametrize("case", CASES)
 def test_bad_files_are_one_line_and_exit_code_2(files, checkpoint, capsys, monkeypatch, case):
     contents_, changes, message = CASES[case]
     for name, content in contents_.items():
