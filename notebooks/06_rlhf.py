@@ -167,7 +167,8 @@ assert losses[0] > 0.69 and found["accuracy"] < found["Bayes accuracy"]
 
 # %% [markdown]
 # He is right as often as the preferences follow r*, the Bayes rate. The model has memorised its hundred pairs and is overconfident on others: the held-out loss
-# says so. Its *differences* approach those of r*; its level is anything. That is what everything below will climb.
+# says so. With more pairs its *differences* come nearer to those of r* (section 8); its level stays
+# anything. This is what everything below will climb.
 
 # %%
 many, _, ids, mask = roll_out(base, heldout(0, 32), replace(how, group=64), 1)
