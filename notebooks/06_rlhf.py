@@ -160,7 +160,8 @@ model = RewardModel(base)
 losses = list(fit_reward_model(model, [pair[:3] for pair in pairs], steps=100))
 found = judged(model, test)
 print(
-    f"loss {losses[0]:.3f} → {sum(losses[-10:]) / 10:.3f} on its 100 pairs, {found['loss']:.3f} on held-out ones (r* itself: {found['loss of r*']:.3f})"
+    f"loss {losses[0]:.3f} → {sum(losses[-10:]) / 10:.3f} on its 100 pairs, "
+    f"{found['loss']:.3f} on held-out ones (r* itself: {found['loss of r*']:.3f})"
 )
 print(f"held-out accuracy {found['accuracy']:.2f}; with r* in hand {found['Bayes accuracy']:.2f}")
 assert losses[0] > 0.69 and found["accuracy"] < found["Bayes accuracy"]
@@ -274,7 +275,8 @@ rounds = replace(how, steps=4, updates=6)
 print("          r*   the model's reward\nbefore  %.2f   %+.2f" % look(student))
 for i, log in enumerate(raft(student, prompts_of, reward, rounds), 1):
     print(
-        f"round {i} {look(student)[0]:.2f}   {look(student)[1]:+.2f}   (kept {log['kept']:+.2f} of mean {log['reward']:+.2f})"
+        f"round {i} {look(student)[0]:.2f}   {look(student)[1]:+.2f}   "
+        f"(kept {log['kept']:+.2f} of mean {log['reward']:+.2f})"
     )
 
 # %% [markdown]
