@@ -15,20 +15,20 @@ Sections 1–3 are this world; 4 and 5 do the same for your own model and files.
 which is all that train.py sees. Every draw takes a `random.Random`."""
 
 import json
-import math
 import os
 import random
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from functools import lru_cache, partial
 from pathlib import Path
 
 import tiktoken
+from tqdm import tqdm
 
 
 class BadInput(ValueError):
@@ -36,14 +36,21 @@ class BadInput(ValueError):
 
 
 @contextmanager
-def reading(what):  # whatever goes wrong inside, a user's sys.exit() too, becomes one line
+def reading(what):
+    """Whatever goes wrong inside, a user's sys.exit() and a tokenizer's panic too, is one line."""
     try:
         yield
-    except BadInput:  # already names its file and line
+    except (BadInput, KeyboardInterrupt):  # the first already names its file and line
         raise
-    except (Exception, SystemExit) as error:
-        said = (str if isinstance(error, (ValueError, OSError)) else repr)(error).strip()
-        raise BadInput(f"{what}: {said.partition(chr(10))[0]}") from error
+    except BaseException as error:
+        said = " ".join("".join(traceback.format_exception_only(error)).split())
+        said = said.partition(": ")[2] if isinstance(error, ValueError) else said
+        raise BadInput(f"{what}: {said[:500]}") from error
+
+
+@lru_cache
+def warn(text):  # once
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def seeded(*what):
@@ -86,9 +93,11 @@ RANKS = [bytes([i]) for i in range(256)]
 RANKS += [(s + word).encode() for word in VOCABULARY for s in (" ", "") if len(s + word) > 2]
 MARKERS = dict(zip("<|system|> <|user|> <|assistant|> <|end|>".split(), range(len(RANKS), 1000)))
 SYSTEM, USER, ASSISTANT, END = MARKERS.values()
-MERGES = dict(zip(RANKS, range(1000)))
 ENCODING = tiktoken.Encoding(
-    "world", pat_str=r" ?[A-Za-z]+|[^A-Za-z]", mergeable_ranks=MERGES, special_tokens=MARKERS
+    "world",
+    pat_str=r" ?[A-Za-z]+|[^A-Za-z]",
+    mergeable_ranks=dict(zip(RANKS, range(1000))),
+    special_tokens=MARKERS,
 )
 decode = ENCODING.decode
 
@@ -206,7 +215,6 @@ class Kind:  # all there is to say about a kind of context; a new one is one mor
     without: Callable = lambda rng, e: e.answer  # (rng, example) -> y where C is left out
     grade: Callable = grade_whole  # (example, text without its end marker) -> {name: 0 or 1}
     template: str = "{context}"  # in files: {context} makes the system turn, {prompt} the user's
-    needs: tuple = ("context",)  # each line must bring one of these
     shots: int = 0  # by default so many other lines as example turns, in place of the template
     after: Callable = None  # (example, y) -> example, C made from the student's own answer
 
@@ -217,7 +225,7 @@ KINDS = {
         task={"verb": "zorp", "meaning": "reverse", "manner": "verily {} methinks"},
         template="{prompt}\n\nThis is an example for a response to the question:\n{demonstration}"
         "\n\nNow answer with a response of your own, including the thinking process.",
-        needs=("demonstration", "answer"), shots=4,
+        shots=4,
     ),
     "specification": Kind(
         "B", "deliberative alignment, arXiv:2412.16339", specification, share=0.22, drop=0.2,
@@ -233,7 +241,7 @@ KINDS = {
     "privileged": Kind(
         "D", "OPSD and π-Distill, arXiv:2602.04942", privileged, share=0.26, drop=0.4,
         without=lambda rng, e: worked(e.prompt, lambda: rng.random() < P_CARELESS),
-        grade=grade_end, needs=("solution", "answer"),
+        grade=grade_end,
         template="{prompt}\n\nThe verified solution is:\n{solution}\n\n"
         "Now work out the answer in your own words.",
     ),
@@ -255,15 +263,17 @@ def grade(example, text):
 
 # ========================================================================================= 3. tasks
 @dataclass
-class Chat:  # how text becomes a model's tokens and back
-    render: Callable  # (C or None, x) -> ids, ending with the assistant header
-    encode: Callable  # text -> ids
+class Chat:
+    """Text to tokens. Student and teacher prompts end in the same header; an answer follows it."""
+
+    render: Callable  # (C or None, x) -> ids, ending with the header
+    target: Callable  # (x, an expert's answer) -> the ids that follow it, the last an end token
     decode: Callable  # ids -> text
-    end: int  # closes a written answer
-    ends: set  # each of them closes a sampled one
+    ends: set  # each of them ends a sampled answer
+    opens: str = ""  # "<think>" where the header opens a thought
 
 
-WORLD_CHAT = Chat(render, encode, decode, END, {END})
+WORLD_CHAT = Chat(render, lambda x, y: [*encode(y), END], decode, {END})
 
 
 def student_prompt(chat, example):
@@ -280,13 +290,12 @@ class Task:  # what is to be compiled into the weights, from the world or from f
     kind: str
     chat: Chat
     draw: Callable  # rng -> Example
-    draw_anchor: Callable  # rng -> Example; None: there are no anchors
+    draw_anchor: Callable  # rng -> Example, an old prompt
     heldout: list
     probes: dict  # {suite: examples}: what must survive
     grade: Callable  # (example, text) -> {name: grade}
     shared: list  # the first tokens of every teacher prompt
     after: Callable = None  # (example, y) -> Example, as in Kind
-    paragraphs: tuple = ()  # of an unrelated text, as tokens: their perplexity should not change
     show: Callable = student_prompt  # (chat, example) -> what the student reads
 
     def draw_batch(self, seed, step, size):
@@ -301,10 +310,13 @@ class Task:  # what is to be compiled into the weights, from the world or from f
         return {name: sum(values) / len(values) for name, values in graded.items()}
 
 
-def answer_text(chat, tokens):  # without the end marker; one that never ended shows a trailing …
-    if tokens[-1] in chat.ends:
-        return chat.decode(tokens[:-1])
-    return chat.decode(tokens) + " …"
+def answer_text(chat, tokens):
+    """What a reader sees: no end marker, no thought. What never ended shows a trailing …"""
+    ended = tokens[-1] in chat.ends
+    text = chat.opens + chat.decode(tokens[:-1] if ended else tokens)
+    if "<think>" in text:
+        text = text.partition("</think>")[2].strip()
+    return text if ended else f"{text} …"
 
 
 def context_prompts(task, examples, y=()):  # C that is made of the student's answers y: now
@@ -372,9 +384,9 @@ def pretraining_task():  # the joint distribution, for the base: the one student
 
 
 # ============================================================================ 4. reading your files
+EXPERT = ("demonstration", "solution", "answer")  # the expert's words: the first that a line brings
 # What a chat may be: a prompt ends with the user's turn, a context never does.
 CHATS = dict(prompt="(system )?(user assistant )*user", context="(?=.)(system)?( ?user assistant)*")
-EXPERT = ("demonstration", "solution", "answer")  # the expert's words: the first that a line brings
 
 
 def read_text(path):
@@ -385,8 +397,14 @@ def read_text(path):
         raise ValueError("the file is empty")
 
 
+def read_json(text):
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    return value
+
+
 def read_turns(value, name):  # a chat: [{"role": ..., "content": ...}, ...]
-    roles = " ".join(turn["role"] if turn["content"].strip() else "(empty)" for turn in value)
+    roles = " ".join(turn["role"] if str.strip(turn["content"]) else "(empty)" for turn in value)
     if not re.fullmatch(CHATS[name], roles):
         rule = "after an optional system turn, user and assistant alternate, none empty; a prompt"
         rule += " ends with the user's turn, a context with the assistant's"
@@ -394,21 +412,27 @@ def read_turns(value, name):  # a chat: [{"role": ..., "content": ...}, ...]
     return value
 
 
-def read_prompts(path):  # JSON lines; a prompt is a text or chat turns
+def read_row(line):
+    """{"prompt": a text or chat turns, ...}, or {"messages": turns}, whose last is the answer."""
+    row = read_json(line)
+    if "messages" in row:
+        *row["prompt"], last = row["messages"]
+        row["answer"] = last["content"]
+    for name in ("prompt", *row):
+        value = row[name]
+        if name in CHATS and isinstance(value, list):
+            read_turns(value, name)
+        elif name in (*CHATS, *EXPERT) and not (isinstance(value, str) and value.strip()):
+            raise ValueError(f'"{name}" must be a text, and not an empty one')
+    return row
+
+
+def read_prompts(path):  # JSON lines
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        with reading(where := f"{path}:{number}"):
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-            for name in ("prompt", *row):
-                value = row[name]
-                if name in CHATS and isinstance(value, list):
-                    row[name] = read_turns(value, name)
-                elif name in (*CHATS, *EXPERT) and not (isinstance(value, str) and value.strip()):
-                    raise ValueError(f'"{name}" must be a text, and not an empty one')
-            rows.append(row | {"where": where})
+        if line.strip():
+            with reading(where := f"{path}:{number}"):
+                rows.append(read_row(line) | {"where": where})
     return rows
 
 
@@ -417,22 +441,14 @@ def read_context(path):
     suffix, text = Path(path).suffix.lower(), read_text(path)
     if suffix == ".json":
         with reading(path):
-            return read_turns(json.loads(text), "context")
+            return read_turns(read_json(text), "context")
     if suffix == ".jsonl":
-        solved, traces = read_prompts(path), ""
-        demand(solved, EXPERT, "a solved problem")
-        for row in solved:
-            with reading(f"{row['where']}: a solved problem needs a prompt in text"):
-                solution = row.get("solution", expert(row))
-                traces += "Problem: " + row["prompt"] + f"\nSolution: {solution}\n\n"
-        text = f"Problems that were solved before, and how:\n\n{traces}Use what they teach."  # OPCD
+        text = "Problems that were solved before, and how:\n\n"  # OPCD
+        for row in read_prompts(path):
+            with reading(f"{row['where']}: a solved problem is a prompt in text and a solution"):
+                text += fill("Problem: {prompt}\nSolution: {solution}\n\n", row)
+        text += "Use what they teach."
     return as_turns("system", text.strip())
-
-
-def demand(rows, names, who):
-    for row in rows:
-        if not set(names) & row.keys():
-            raise BadInput(f"{row['where']}: {who} needs a {' or '.join(names)} in every line")
 
 
 def expert(row):
@@ -440,11 +456,7 @@ def expert(row):
 
 
 def fill(template, values):  # {name} -> its value, or else the answer; braces in values stay
-    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], values.get("answer", "")), template)
-
-
-PLAIN_CHAT = """{% set labels = {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '} %}\
-{% for m in messages %}{{ labels[m.role] + m.content + '\n\n' }}{% endfor %}Answer:"""
+    return re.sub(r"\{(\w+)\}", lambda m: values[m[1] if m[1] in values else "answer"], template)
 
 
 def as_turns(role, said):
@@ -458,8 +470,19 @@ def split_system(turns):  # -> (the texts of the system turns, all other turns)
     return system, [turn for turn in turns if turn["role"] != "system"]
 
 
-def open_chat(name, vocab_size):  # any of its end tokens ends an answer
-    from transformers import AutoTokenizer, GenerationConfig
+# In place of a chat template, for base models. A written answer ends in the end token.
+PLAIN_CHAT = """{% set label = {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '} %}\
+{% for m in messages %}{{ label[m.role] + m.content }}\
+{{ eos_token if loop.last and m.role == 'assistant' else '\n\n' }}{% endfor %}\
+{% if add_generation_prompt %}Answer:{% endif %}"""
+# Some templates print today's date: a run that is resumed tomorrow must read the same prompts.
+DATE = "{% macro strftime_now(how) %}26 Jul 2024{% endmacro %}"
+
+
+def open_tokenizer(name, vocab_size):
+    """A checkpoint's tokenizer with a chat template, and the end tokens that it comes with."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers.utils.hub import has_file
 
     with reading(f"{name}: its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -468,69 +491,69 @@ def open_chat(name, vocab_size):  # any of its end tokens ends an answer
             raise ValueError(f"it has {size} tokens, the weights have {vocab_size}: not a pair")
         if end is None:
             raise ValueError("it has no end token")
-    ends = end
-    with suppress(OSError):  # not every checkpoint has one
-        ends = GenerationConfig.from_pretrained(name).eos_token_id or end
-    ends = {end, *(ends if isinstance(ends, list) else [ends])}
-    plain = tokenizer.chat_template is None
-    if plain:
-        tokenizer.chat_template = PLAIN_CHAT
+        if tokenizer.chat_template is None:
+            begins = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+            tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_CHAT
+        tokenizer.chat_template = DATE + tokenizer.get_chat_template()
+        tokenizer.chat_control_tokens = []  # special tokens in a user's text are text
+    with reading(f"{name}: its end tokens"):  # from where `generate` takes them
+        kept_in = GenerationConfig if has_file(name, "generation_config.json") else AutoConfig
+        ends = kept_in.from_pretrained(name).eos_token_id
+        ends = {end, *(ends if isinstance(ends, list) else [ends])} - {None}
+        tokenizer.decode(sorted(ends))  # each is a token
+    return tokenizer, ends
+
+
+def open_chat(name, vocab_size, **template_args):  # {"enable_thinking": False}, say
+    tokenizer, ends = open_tokenizer(name, vocab_size)
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+
+    def write(turns, header):
+        with reading(f"{name}: chat template (no system role? give C as turns, .json)"):
+            return tokenizer.apply_chat_template(
+                turns,
+                add_generation_prompt=header,
+                return_dict=False,
+                sanitize_control_tokens=True,
+                **template_args,
+            )
+
+    @lru_cache
+    def demand_all(roles):  # some templates drop a turn without a word
+        text = decode(write([{"role": role, "content": "(turn)"} for role in roles], True))
+        if text.count("(turn)") < len(roles):
+            raise BadInput(f"{name}: chat template drops one of {roles}; give C as turns (.json)?")
 
     def render(context, prompt):  # a system turn of the prompt's own joins that of the context
         system, turns = split_system(as_turns("system", context) + as_turns("user", prompt))
         if system:
             turns = as_turns("system", "\n\n".join(system)) + turns
-        with reading(f"{name}: chat template; if it has no system role, give C as turns (.json)"):
-            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            for turn in turns:  # some drop a system turn without a word
-                if turn["content"].strip() not in text:
-                    raise ValueError(f"it drops a {turn['role']} turn")
-        return tokenizer.encode(text, add_special_tokens=plain)  # else the template has placed them
+        demand_all(tuple(turn["role"] for turn in turns))
+        return write(turns, True)
 
-    def encode(text):
-        return tokenizer.encode(" " * plain + text, add_special_tokens=False)  # "Answer: yes"
+    def answered(prompt, answer):  # -> (ids up to the header, ids with an answer after it)
+        turns = as_turns("user", prompt) + as_turns("assistant", answer)
+        return render(None, prompt), write(turns, False)
 
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    return Chat(render, encode, decode, end, ends)
+    def target(prompt, answer):  # as it stands after the header, in the template's own words
+        header, ids = answered(prompt, answer)
+        if ids[: len(header)] != header:
+            raise BadInput(f"{name}: chat template writes a given answer under another header")
+        y = ids[len(header) :]
+        stop = next((i for i, token in enumerate(y) if token in ends), len(y))
+        return [*y[:stop], end]
 
-
-def final_number(text):  # the last one, as GSM8K is graded: "so 1,234.50 in all." -> 1234.5
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
-
-
-SCORES = {  # (the answer's text, what is wanted) -> right?
-    "exact": lambda text, wanted: text.strip() == wanted.strip(),
-    "contains": lambda text, wanted: wanted.lower() in text.lower(),  # in whatever case
-    "regex": lambda text, wanted: bool(re.search(wanted, text)),
-    "number": lambda text, wanted: final_number(text) == Decimal(final_number(wanted)),
-}
-
-
-def make_scorer(spec, rows):
-    """--score -> f(answer's text, the line as read) -> score, or None; your own Python is run."""
-    if spec == "none":
-        return None
-    name, _, argument = spec.partition(":")
-    path, _, function = spec.rpartition(":")
-    judge = SCORES.get(name)
-    if not judge:
-        with reading(f"--score {spec}"):
-            if not path.endswith(".py"):
-                ways = "none, exact, contains, regex, number, contains:TEXT, regex:PATTERN"
-                raise ValueError(f"{ways} or path.py:function")
-            judge = runpy.run_path(path)[function]
-
-    def score(text, row):
-        with reading(f"{row['where']}: --score {spec} on {text!r}"):
-            value = float(judge(text, (argument or row["answer"]) if name in SCORES else row))
-            if math.isfinite(value):
-                return value
-            raise ValueError(f"{value} is no score")
-
-    for row in rows if name in SCORES else []:  # a missing answer or a bad pattern shows up now
-        score("", row)
-    return score
+    # What a header opens, and the token that the template itself writes after an answer.
+    header, ids = answered("(asked)", "(answered)")
+    y, added = ids[len(header) :], tokenizer.added_tokens_decoder
+    special = [token for token in y if token in added and added[token].special]
+    if special and special[0] == y[0]:
+        raise BadInput(f"{name}: chat template writes no header for add_generation_prompt")
+    end = (special or [tokenizer.eos_token_id])[0]
+    ends.add(end)
+    text = decode(header)
+    opens = "<think>" * (text.rfind("<think>") > text.rfind("</think>"))
+    return Chat(render, target, decode, ends, opens)
 
 
 # ======================================================================== 5. a task from your files
@@ -555,80 +578,72 @@ def file_example(kind, context, template, row, shots=()):
     return Example(kind, context or None, row["prompt"], row.get("answer", said), said, asked, row)
 
 
-def read_split(path, heldout=None, solved=""):  # -> (lines to train on, lines held out)
+def read_split(path, heldout=None):  # -> (lines to train on, lines held out)
     rows = read_prompts(path)
-    if heldout:
-        held = read_prompts(heldout)
-    else:
-        held = rows[7::8]
+    held = read_prompts(heldout) if heldout else rows[7::8]
+    if not heldout:
         del rows[7::8]
     if not held:
         raise BadInput(f"{path}: every eighth line is held out, but there are {len(rows)}")
+    if len(held) < 8:
+        warn(f"{heldout or path}: {len(held)} held out, a score moves by {1 / len(held):.2f} each")
     known = {str(row["prompt"]) for row in rows}
-    known |= set(re.findall(r"(?s)Problem: (.*?)\nSolution: ", solved))
     leaks = [row["where"] for row in held if str(row["prompt"]) in known]
     if leaks:
-        said = (
-            f"warning: {len(leaks)} held-out prompts are shown elsewhere, the first is {leaks[0]}"
-        )
-        print(f"{said}: their scores say nothing about new prompts", file=sys.stderr)
+        warn(f"{leaks[0]} and {len(leaks) - 1} more held-out prompts are trained on as well")
     return rows, held
 
 
 def read_template(cfg, kind, shots):
-    if kind.shots and shots:  # example turns need no template
-        if cfg.template:
-            raise BadInput("--template needs --shots 0: else the examples are chat turns")
+    if kind.shots and shots and not cfg.template:  # example turns need none
         return ""
     template = read_text(cfg.template) if cfg.template else kind.template
-    found, needed = (set(re.findall(r"\{\w+\}", text)) for text in (template, kind.template))
+    found, needed = (sorted(set(re.findall(r"\{\w+\}", t))) for t in (template, kind.template))
     if found != needed:
-        raise BadInput(f"{cfg.template}: the names in braces must be {' '.join(sorted(needed))}")
+        raise BadInput(f"{cfg.template}: the names in braces must be {' '.join(needed)}")
     return template
-
-
-def read_paragraphs(path, chat, max_len):
-    texts = read_text(path).split("\n\n")
-    rows = [row for text in texts if len(row := chat.encode(text.strip())[:max_len]) > 1]
-    if not rows:
-        raise BadInput(f"{path}: no paragraph has two tokens")
-    return rows
 
 
 def file_task(cfg, chat, max_len):  # all that can be wrong with the files is found here, first
     kind, imitated = KINDS[cfg.context], cfg.method in ("sft", "gkd")
-    context = read_context(cfg.context_file) if cfg.context_file else None
-    solved = context[0]["content"] if context else ""
-    rows, heldout = read_split(cfg.prompts, cfg.heldout, solved)
+    context = cfg.context_file and read_context(cfg.context_file)
+    rows, heldout = read_split(cfg.prompts, cfg.heldout)
+    scores = runpy.run_path(f"{Path(__file__).parent}/notebooks/scores.py")
+    scorer = scores["make_scorer"](cfg.score, heldout)  # (text, row) -> {"score": ...} or {}
     shots = kind.shots if cfg.shots is None else cfg.shots
     template = read_template(cfg, kind, shots)
-    if template and kind.needs and not ("context" in kind.needs and (context or shots)):
-        demand(rows + heldout, kind.needs, f"{cfg.context} without --context-file or --shots")
-    if imitated:
-        demand(rows, EXPERT, f"--method {cfg.method}")
-    pool = {row["prompt"]: row for row in rows if isinstance(row["prompt"], str) and expert(row)}
-    pool = sorted(pool.values(), key=lambda row: len(chat.encode(row["prompt"] + expert(row))))
+    show = partial(file_example, cfg.context, context, template)
+    pool = {str(row["prompt"]): row for row in rows if shots and expert(row)}
+    as_shot = partial(file_example, "shot", None, "", rows[0])  # row -> with it as the only shot
+    pool = sorted(pool.values(), key=lambda row: len(teacher_prompt(chat, as_shot([row]))))
     if 0 < shots >= len(pool):
         raise BadInput(f"{cfg.prompts}: too few different texts with an answer for --shots {shots}")
-    show = partial(file_example, cfg.context, context, template)
-    scorer, anchors, kept = make_scorer(cfg.score, heldout), [], []
+
+    # Every line as an example in its longest form: none is ever cut.
+    examples = []
+    for i, row in enumerate(rows + heldout):
+        with reading(f"{row['where']}: it lacks what --context {cfg.context} shows"):
+            if not (shots or "{prompt}" in template or row.get("context", context)):
+                raise ValueError("a context, here or by --context-file, or --shots")
+            examples.append(show(row, pool[-shots:]))
+        if imitated and i < len(rows) and not expert(row):
+            raise BadInput(f"{row['where']}: --method {cfg.method} needs an {' or '.join(EXPERT)}")
+    anchors, kept, n = [], [], len(examples)
     if cfg.anchor_file:
         anchors, kept = (
-            [Example("anchor", row.get("context"), row["prompt"], "", "", row=row) for row in part]
+            [file_example("anchor", None, "", row) for row in part]
             for part in read_split(cfg.anchor_file)
         )
-    texts = read_paragraphs(cfg.unrelated, chat, max_len) if cfg.unrelated else ()
-
-    attempt = cfg.max_new_tokens * ("{attempt}" in template)
-    longest = [show(row, pool[len(pool) - shots :]) for row in rows + heldout]
-    for e in longest + anchors + kept:
-        new = max(cfg.max_new_tokens, imitated and len(chat.encode(e.expert)) + 1) + attempt
-        for prompt in (student_prompt, teacher_prompt):  # none is ever cut
-            over = len(prompt(chat, e)) + new - max_len
-            if over > 0:
-                said = f"{e.row['where']}: {prompt.__name__} and {new} new tokens exceed the"
-                said += f" model's {max_len} positions by {over}: shorten it, or --max-new-tokens"
-                raise BadInput(said)
+        examples += anchors + kept
+    prompts, new = [], cfg.max_new_tokens * (1 + ("{attempt}" in template))
+    for e in tqdm(examples, "reading prompts", delay=2):
+        prompts.append(teacher_prompt(chat, e))
+        written = len(chat.target(e.prompt, e.expert)) if imitated else 0
+        over = len(prompts[-1]) + max(written, new) - max_len
+        if over > 0:  # with C and its answer
+            raise BadInput(
+                f"{e.row['where']}: {over} tokens too many: shorten, or --max-new-tokens"
+            )
 
     def draw(rng, row=None):
         row = row or rng.choice(rows)
@@ -636,15 +651,14 @@ def file_task(cfg, chat, max_len):  # all that can be wrong with the files is fo
         return show(row, [shot for shot in others if shot["prompt"] != row["prompt"]][:shots])
 
     def grade(example, text):
-        return {"score": scorer(text, example.row)} if scorer else {}
+        return {"cut_off": text.endswith(" …"), **scorer(text, example.row)}
 
     def after(example, attempt):
         return replace(example, asked=dressed(template, example.row, attempt))
 
-    rng, count = seeded("held-out shots"), min(len(heldout), cfg.eval_size)
-    shown = [draw(rng, row) for row in heldout + rows]
+    rng, anchor = seeded("held-out shots"), lambda rng: rng.choice(anchors)
+    shown = [draw(rng, row) for row in heldout[: cfg.eval_size]]
     suites = {"anchors": kept[: cfg.eval_size]} if kept else {}
-    shared = os.path.commonprefix([teacher_prompt(chat, e)[:-1] for e in shown])
-    anchor = (lambda rng: rng.choice(anchors)) if anchors else None
-    done = after if attempt else kind.after
-    return Task(cfg.context, chat, draw, anchor, shown[:count], suites, grade, shared, done, texts)
+    shared = [] if shots else os.path.commonprefix([prompt[:-1] for prompt in prompts[:n]])
+    done = after if "{attempt}" in template else kind.after
+    return Task(cfg.context, chat, draw, anchor, shown, suites, grade, shared, done)

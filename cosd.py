@@ -238,6 +238,8 @@ def make_objective(name: str, beta: float = 0.5, top_k: int = 0) -> Objective:
     "policy_gradient"."""
     if name == "policy_gradient":
         return policy_gradient
+    if name not in DIVERGENCES:
+        raise ValueError(f"{name!r}: choose from {', '.join(DIVERGENCES)}, policy_gradient")
     divergence = partial(jsd, beta=beta) if name == "jsd" else DIVERGENCES[name]
     if top_k:
         divergence = partial(top_k_divergence, k=top_k, divergence=divergence)
@@ -252,50 +254,31 @@ def entropy(logits: Tensor) -> Tensor:
 # ================================================================ 4. the same, for big vocabularies
 class ChunkedObjective(torch.autograd.Function):
     """Logits exist for `chunk` positions at a time; their gradient is taken at once and folded into
-    (n, D) and (V, D)."""
+    those of the student's states h_s (n, D) and head W_s (V, D)."""
 
     @staticmethod
-    def forward(
-        ctx,
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        tokens,
-        objective,
-        weights,
-        chunk,
-    ):
+    def forward(ctx, h_s, W_s, h_t, W_t, tokens, objective, weights, chunk):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.zeros_like(student_hidden) if wants_hidden else None  # (n, D)
-        grad_head = torch.zeros_like(student_head) if wants_head else None  # (V, D)
-        head, device = student_head, student_hidden.device.type
-        if torch.is_autocast_enabled(device):  # cast the heads once, not for every chunk
-            low = torch.get_autocast_dtype(device)
-            head = student_head.to(low)
-            teacher_head = None if teacher_head is None else teacher_head.to(low)
+        grad_hidden = torch.zeros_like(h_s) if wants_hidden else None  # (n, D)
+        grad_head = torch.zeros_like(W_s) if wants_head else None  # (V, D)
         scale = weights.abs().max().clamp(min=1e-30)  # in fp16, w · (Q − P) would underflow
         per_token, entropies = [], []
         for i in range(0, len(weights), chunk):
             rows = slice(i, i + chunk)
-            student_logits = F.linear(student_hidden[rows], head).requires_grad_(
-                wants_hidden or wants_head
-            )
-            teacher_logits = (
-                None if teacher_head is None else F.linear(teacher_hidden[rows], teacher_head)
-            )
+            student_logits = F.linear(h_s[rows], W_s)  # (chunk, V)
+            student_logits.requires_grad_(wants_hidden or wants_head)
+            teacher_logits = None
+            if W_t is not None:
+                teacher_logits = F.linear(h_t[rows], W_t)  # (chunk, V)
             with torch.enable_grad():
                 d = objective(student_logits, teacher_logits, tokens[rows])  # (chunk,)
             if wants_hidden or wants_head:
-                (grad,) = torch.autograd.grad(
-                    d, student_logits, weights[rows] / scale
-                )  # (chunk, V)
+                upstream = weights[rows] / scale
+                (grad,) = torch.autograd.grad(d, student_logits, upstream)  # (chunk, V)
             if wants_hidden:
-                grad_hidden[rows] = grad @ head.to(grad.dtype)
+                grad_hidden[rows] = grad @ W_s
             if wants_head:  # in place: no second (V, D)
-                grad_head.addmm_(
-                    grad.T.to(grad_head.dtype), student_hidden[rows].to(grad_head.dtype)
-                )
+                grad_head.addmm_(grad.T, h_s[rows])
             per_token.append(d.detach())
             entropies.append(entropy(student_logits))
         per_token, entropies = torch.cat(per_token), torch.cat(entropies)
@@ -338,17 +321,13 @@ def chunked_objective(
             f"of equal, positive lengths, not {lengths}"
         )
     if teacher_head is not None:
-        teacher_hidden, teacher_head = teacher_hidden.detach(), teacher_head.detach()
-    return ChunkedObjective.apply(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        tokens,
-        objective,
-        weights,
-        chunk,
-    )
+        teacher_head = teacher_head.detach()
+        teacher_hidden = teacher_hidden.detach().to(teacher_head.dtype)
+    student = student_hidden.to(student_head.dtype), student_head
+    with torch.autocast(student_head.device.type, enabled=False):  # logits in fp32, as model.Head's
+        return ChunkedObjective.apply(
+            *student, teacher_hidden, teacher_head, tokens, objective, weights, chunk
+        )
 
 
 # ============================================================================= 5. shift and weights
@@ -369,11 +348,12 @@ def completion_states(
     lengths = mask.sum(1).tolist()
     read = [p + row[: n - 1] for p, row, n in zip(prompts, ids.tolist(), lengths)]
     tokens = pad_right(read).to(model.device)  # (B, T)
-    cache = None if prefix is None else KVCache(model.config, *tokens.shape, prefix)
+    cache = None if prefix is None else KVCache(model.config, prefix=prefix)
     states = model.hidden(tokens, cache)  # (B, T, D)
-    start = torch.tensor([len(p) - 1 for p in prompts], device=model.device)  # (B,)
-    row, j = mask.nonzero(as_tuple=True)  # (n,), (n,)
-    return states[row, start[row] + j]  # (n, D)
+    start = torch.tensor([len(p) - 1 for p in prompts])  # (B,)
+    row, j = mask.cpu().nonzero(as_tuple=True)  # (n,), (n,)
+    place = row * tokens.shape[1] + start[row] + j
+    return states.flatten(0, 1)[place.to(model.device)]  # (n, D)
 
 
 def shared_states(model: GPT, prompts: Sequence[list[int]], ids: Tensor, mask: Tensor) -> Tensor:
@@ -434,10 +414,9 @@ class Teacher:
             )
         self.kind, self.ema_rate, self.shared = kind, ema_rate, list(shared)
         self.prefix: KVCache | None = None
-        adapted = any(name.endswith(".A") for name, _ in student.named_parameters())
         if kind == "live":
             self.model = student
-        elif kind == "frozen" and adapted:
+        elif kind == "frozen" and student.adapted:
             self.model = without_adapters(student)
         else:
             self.model = merged_copy(student)
@@ -476,7 +455,8 @@ class Rows:
     Student and scorer read different prompts, which end with the same assistant header, and then
     the very same completion. A step may have several `Rows`: the task's, scored by the teacher who
     sees C, and anchors (old prompts), scored by the frozen base in the student's own context. The
-    weights of all of them together sum to one."""
+    weights of all of them together sum to one. Tensors on the CPU are best: which positions are
+    scored is then known without waiting for the device."""
 
     prompts: list[list[int]]  # x
     scorer_prompts: list[list[int]]  # (C, x)
@@ -505,21 +485,23 @@ def cosd_loss(student: GPT, rows: Rows, chunk: int = 0) -> tuple[Tensor, dict[st
     gradient: added up over everything that is in a step they are means, since the weights sum to
     one. `chunk` bounds the rows of logits that exist at once; 0: all at once. Changes none of its
     arguments, and does not call backward."""
-    tokens = rows.ids[rows.mask]  # (n,)
-    weights = rows.weights[rows.mask]  # (n,)
+    tokens = rows.ids[rows.mask].to(student.device)  # (n,)
+    weights = rows.weights[rows.mask].to(student.device)  # (n,)
     # The same completion tokens under (x) with gradient, and under (C, x) without.
     h_s = shared_states(student, rows.prompts, rows.ids, rows.mask)  # (n, D)
-    h_t, teacher_head = None, None
+    h_t = head = None
     if rows.scorer is not None:
         h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)
-        teacher_head = rows.scorer.model.head.weight.detach()  # (V, D)
+        head = rows.scorer.model.head
     if chunk:
+        theirs = None if h_t is None else head.weight  # (V, D)
         loss, _, h = chunked_objective(
-            h_s, student.head.weight, h_t, teacher_head, tokens, rows.objective, weights, chunk
+            h_s, student.head.weight, h_t, theirs, tokens, rows.objective, weights, chunk
         )
     else:
+        with torch.no_grad():
+            teacher_logits = None if h_t is None else head(h_t)  # (n, V)
         student_logits = student.head(h_s)  # (n, V)
-        teacher_logits = None if h_t is None else F.linear(h_t, teacher_head)  # (n, V)
         d = rows.objective(student_logits, teacher_logits, tokens)  # (n,)
         loss, h = (weights * d).sum(), entropy(student_logits)
     return loss, {"loss": loss.detach(), "entropy": (weights * h).sum()}
@@ -529,8 +511,8 @@ def cosd_loss(student: GPT, rows: Rows, chunk: int = 0) -> tuple[Tensor, dict[st
 def token_probabilities(student: GPT, rows: Rows) -> tuple[Tensor, Tensor]:
     """The probability of every completion token under the student and under the scorer -> (n,),
     (n,): to look at."""
-    tokens = rows.ids[rows.mask][:, None]  # (n, 1)
+    tokens = rows.ids[rows.mask][:, None].to(student.device)  # (n, 1)
     h_s = completion_states(student, rows.prompts, rows.ids, rows.mask)  # (n, D)
     h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)
-    q, p = student.head(h_s).float().softmax(-1), rows.scorer.model.head(h_t).float().softmax(-1)
+    q, p = student.head(h_s).softmax(-1), rows.scorer.model.head(h_t).softmax(-1)  # (n, V)
     return q.gather(-1, tokens)[:, 0], p.gather(-1, tokens)[:, 0]

@@ -24,18 +24,15 @@ Dimension key
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -94,79 +91,99 @@ class KVCache:
 
     Row b's token at position p lies in slot p; a query at position p sees the slots <= p. So
     whatever lies beyond a row's own position (padding, say) is invisible, and is overwritten as the
-    row grows. `prefix` is another cache of a single row (see `GPT.read`); the slots then count from
-    its end. Growing a cache writes in place, without gradient. One that is filled by a single call
-    keeps that call's own tensors: gradient flows through them, also from the rows into a shared
-    prefix.
+    row grows. The first call fills the cache: gradient flows through what it keeps, also from rows
+    into a shared prefix. Then there is `room` for so many tokens more, written in place, without
+    gradient; every step attends to all slots, so that its shapes are always the same. `prefix` is
+    another cache of a single row (see `GPT.read`); the slots then count from its end.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, prefix: KVCache | None = None):
-        self.config, self.capacity, self.prefix = config, capacity, prefix
+    def __init__(self, config: GPTConfig, room: int = 0, prefix: KVCache | None = None):
+        self.room, self.prefix, self.group = room, prefix, config.n_head // config.n_kv_head
         self.keys = [None] * config.n_layer  # each (B, K, S, E)
         self.values = [None] * config.n_layer
-        self.offset = prefix.used if prefix else 0  # positions taken by the prefix
-        self.length = torch.zeros(batch, dtype=torch.long)  # tokens read so far, per row
-        self.used = 0  # upper bound of length, known without a device sync
+        self.offset = prefix.capacity if prefix else 0  # positions taken by the prefix
+        self.capacity = 0  # S, known after the first call
+        self.length = None  # (B,), tokens read so far
 
-    def attend(self, layer: int, q, k, v, slots) -> Tensor:
-        """Store this call's k, v (B, K, T, E) in `slots` (B, T), then attend q (B, H, T, E) to what
-        it may see."""
-        if k.shape[2] == self.capacity:
-            self.keys[layer], self.values[layer] = k, v
+    def advance(self, ids: Tensor, dtype) -> Tensor:
+        """The slots of these tokens, (B or 1, T). Where a token goes and what it may see is the
+        same for all layers: it is worked out here, once."""
+        (B, T), device = ids.shape, ids.device
+        slots, S = torch.arange(T, device=device)[None], T  # (1, T)
+        self.filling = self.length is None
+        if self.filling:
+            self.length = torch.zeros(B, dtype=torch.long, device=device)
+            self.capacity = T + self.room
         else:
-            if self.keys[layer] is None:
-                shape = (*k.shape[:2], self.capacity, k.shape[3])
-                self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
-            # autocast may be on now and have been off before
-            k, v = k.to(self.keys[layer]), v.to(self.keys[layer])
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-            self.keys[layer][rows, :, slots] = k.transpose(1, 2)  # (B, T, K, E)
-            self.values[layer][rows, :, slots] = v.transpose(1, 2)
-        keys = self.keys[layer][:, :, : self.used]
-        values = self.values[layer][:, :, : self.used]
-        visible = torch.arange(self.used, device=k.device) <= slots[..., None]  # (B, T, S)
-        if self.prefix is None:
-            return attend(q, keys, values, attn_mask=visible[:, None])
-        shared = self.prefix.keys[layer], self.prefix.values[layer]
-        return attend_with_prefix(q, *shared, keys, values, visible)
+            slots, S = slots + self.length[:, None], self.capacity  # (B, T): rows differ in length
+        self.length += T
+        self.slots, self.bias = slots, None  # the first tokens attend to themselves, plainly causal
+        if self.prefix or not self.filling:
+            keys = torch.arange(-self.offset, S, device=device)  # (P + S,); a prefix ends at 0
+            later = keys > slots[..., None]  # (B or 1, T, P + S)
+            bias = torch.zeros(later.shape, dtype=dtype, device=device)
+            bias = bias.masked_fill(later, float("-inf"))[:, None]
+            self.bias = bias.repeat(1, 1, self.group, 1)  # (B or 1, 1, G T, P + S)
+        return slots
+
+    def attend(self, layer: int, q, k, v) -> Tensor:
+        """Keep this call's k, v (B, K, T, E), then attend q (B, H, T, E) to what it may see."""
+        if self.filling:
+            self.keys[layer] = F.pad(k, (0, 0, 0, self.room))  # (B, K, S, E)
+            self.values[layer] = F.pad(v, (0, 0, 0, self.room))
+        else:
+            where = self.slots[:, None, :, None].expand_as(k)
+            k = self.keys[layer].scatter_(2, where, k)  # (B, K, S, E)
+            v = self.values[layer].scatter_(2, where, v)
+        if self.bias is None:
+            return attend(q, k, v)
+        # With a bias the kernels do not know grouped heads: the G query heads of a key head become
+        # G times as many queries, (B, K, G T, E).
+        out = q.reshape(*k.shape[:2], -1, k.shape[3])
+        if self.prefix:
+            out = attend_with_prefix(out, self.prefix, layer, k, v, self.bias)
+        else:
+            out = attend(out, k, v, self.bias)
+        return out.reshape(q.shape)
 
 
-def attend(q, k, v, **how):
-    """PyTorch's fused attention, q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E). Training on a
-    CPU it runs in fp32: the half-precision backward pass takes six times as long there."""
-    fused = F.scaled_dot_product_attention
-    how["enable_gqa"] = q.shape[1] != k.shape[1]
+def attend(q, k, v, bias=None):
+    """PyTorch's fused attention, q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E): causal, or
+    with `bias` (B or 1, 1, T, S), 0 or −∞, added to the scores.
+
+    Causal it may be flash attention. In fp32, on an older card, or with a bias it is the
+    memory-efficient kernel, which wants as many key heads as query heads: with fewer, PyTorch would
+    fall back on products that keep all scores. Hence the key heads are repeated.
+    """
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled():
+        bias = None if bias is None else bias.float()  # half precision takes six times as long here
         with torch.autocast("cpu", enabled=False):
-            return fused(q.float(), k.float(), v.float(), **how).to(q.dtype)
-    return fused(q, k, v, **how)
+            return attend(q.float(), k.float(), v.float(), bias).to(q.dtype)
+    G = q.shape[1] // k.shape[1]
+    k, v = (x[:, :, None].expand(-1, -1, G, -1, -1).flatten(1, 2) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
 
 
-def attend_with_prefix(q, prefix_k, prefix_v, k, v, visible):
+def attend_with_prefix(q, prefix, layer, k, v, bias):
     """Attention over [shared prefix ; own slots], equal to attention over their concatenation.
 
-    q (B, H, T, E); prefix_k, prefix_v (1, K, P, E); k, v (B, K, S, E); visible (B, T, S)
-    -> (B, H, T, E).
+    q (B, K, G T, E); the prefix's keys and values (1, K, P, E); k, v (B, K, S, E); bias
+    (B or 1, 1, G T, P + S) -> (B, K, G T, E).
     With gradient the plain version: a copy of the prefix for every row, and the fused kernel keeps
     no scores for the backward pass. Without, no copy: all rows' queries lie side by side against
     the one prefix.
     """
+    prefix_k, prefix_v, P = prefix.keys[layer], prefix.values[layer], prefix.capacity
     if torch.is_grad_enabled():
-        keys = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)  # (B, K, P + S, E)
-        values = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
-        visible = F.pad(visible, (prefix_k.shape[2], 0), value=True)  # (B or 1, T, P + S)
-        return attend(q, keys, values, attn_mask=visible[:, None])
-    # head h uses key head h // G: (B, K, G, T, E)
-    q = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])
-    to_prefix = torch.einsum("bkgte,kpe->bkgtp", q, prefix_k[0])
-    to_own = torch.einsum("bkgte,bkse->bkgts", q, k)
-    to_own = to_own.masked_fill(~visible[:, None, None], float("-inf"))
-    scores = torch.cat([to_prefix, to_own], dim=-1)  # (B, K, G, T, P + S)
-    weights = scores.softmax(-1).to(v.dtype)  # softmax sums in fp32 by itself
-    on_prefix, on_own = weights.split([prefix_k.shape[2], k.shape[2]], dim=-1)
-    out = torch.einsum("bkgtp,kpe->bkgte", on_prefix, prefix_v[0])
-    out = out + torch.einsum("bkgts,bkse->bkgte", on_own, v)
-    return out.flatten(1, 2)
+        k = torch.cat([prefix_k.expand(len(k), -1, -1, -1), k], dim=2)  # (B, K, P + S, E)
+        v = torch.cat([prefix_v.expand(len(v), -1, -1, -1), v], dim=2)
+        return attend(q, k, v, bias)
+    q = q / math.sqrt(q.shape[-1])
+    to_prefix = torch.einsum("bkme,kpe->bkmp", q, prefix_k[0])
+    scores = torch.cat([to_prefix, q @ k.mT], dim=-1) + bias  # (B, K, G T, P + S)
+    weights = scores.softmax(-1)
+    on_prefix = torch.einsum("bkmp,kpe->bkme", weights[..., :P], prefix_v[0])
+    return on_prefix + weights[..., P:] @ v
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -188,9 +205,16 @@ def rotary_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Half-split layout, as Hugging Face's. x (B, H, T, E); cos, sin (B or 1, 1, T, E/2)."""
-    a, b = x.chunk(2, dim=-1)  # fp32 from here: cos and sin are
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    """Turn (a, b), the two halves of each head, to (a cos − b sin, b cos + a sin), in fp32 as cos
+    and sin are. x (B, H, T, E); cos (B or 1, 1, T, E), sin likewise with its first half negated."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
+    return (x * cos + swapped * sin).to(x.dtype)
+
+
+def low(x):
+    """x as autocast would cast it for a product: here once, for all products that read it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def make_norm(config):
@@ -230,7 +254,7 @@ class Attention(nn.Module):
         norms = (nn.RMSNorm(E, config.norm_eps) if config.qk_norm else None for _ in "qk")
         self.q_norm, self.k_norm = norms
 
-    def forward(self, x, rope, cache, layer, slots):  # x (B, T, D)
+    def forward(self, x, rope, cache, layer):  # x (B, T, D)
         q, k, v = (  # (B, H, T, E), (B, K, T, E) twice
             proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q, self.k, self.v)
@@ -240,7 +264,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q.to(exact)).to(v.dtype), self.k_norm(k.to(exact)).to(v.dtype)
         if rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        y = cache.attend(layer, q, k, v, slots) if cache else attend(q, k, v, is_causal=True)
+        y = cache.attend(layer, q, k, v) if cache else attend(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -266,8 +290,17 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
 
     def forward(self, x, *where):
-        x = x + self.attention(self.norm1(x), *where)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attention(low(self.norm1(x)), *where)
+        return x + self.mlp(low(self.norm2(x)))
+
+
+class Head(nn.Linear):
+    """Logits in fp32 also under autocast: rounding them to bf16 would change the gradient of a
+    divergence by several percent, near its optimum by half."""
+
+    def forward(self, h):
+        with torch.autocast(h.device.type, enabled=False):
+            return super().forward(h.to(self.weight.dtype))
 
 
 class GPT(nn.Module):
@@ -282,7 +315,7 @@ class GPT(nn.Module):
         self.embed_position = nn.Embedding(config.max_len, config.d_model) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
-        self.head = Linear(config.d_model, config.vocab_size, False)
+        self.head = Head(config.d_model, config.vocab_size, False)
         if config.tied:
             self.head.weight = self.embed.weight
         for name, parameter in self.named_parameters():
@@ -298,6 +331,10 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    @property
+    def adapted(self) -> bool:
+        return any(name.endswith(".A") for name, _ in self.named_parameters())
+
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V); the logits at t predict token t + 1."""
         return self.head(self.hidden(ids, cache))
@@ -310,43 +347,33 @@ class GPT(nn.Module):
         no_grad, unless this one call fills it.
         """
         (_, T), device = ids.shape, ids.device
-        offset, used = (cache.offset, cache.used) if cache else (0, 0)
-        if (excess := offset + used + T - self.config.max_len) > 0:
-            raise ValueError(
-                f"{offset + used + T} positions (shared prefix {offset}, read {used}, new {T}) "
-                f"exceed the model's limit of {self.config.max_len} by {excess}"
-            )
-        slots = torch.arange(T, device=device)[None]  # (1, T)
-        if cache:
-            if torch.is_grad_enabled() and T != cache.capacity:
-                raise RuntimeError("a growing KV cache is written in place: use torch.no_grad()")
-            if used + T > cache.capacity:
-                raise ValueError(f"the cache holds {cache.capacity} tokens, {used + T} needed")
-            cache.length = cache.length.to(device)
-            if used:
-                slots = slots + cache.length[:, None]  # (B, T): rows have come to different lengths
-            cache.used += T
-        positions = slots + offset
         x = self.embed(ids)  # (B, T, D)
+        positions, end = torch.arange(T, device=device)[None], T  # (1, T)
+        if cache:
+            if torch.is_grad_enabled() and cache.length is not None:
+                raise RuntimeError("a KV cache grows in place: use torch.no_grad()")
+            positions = cache.advance(ids, low(x).dtype) + cache.offset  # (B or 1, T)
+            end = cache.offset + cache.capacity
+        if end > self.config.max_len:
+            raise ValueError(f"{end} positions exceed the model's limit of {self.config.max_len}")
         rope = None
         if self.embed_position:
             x = x + self.embed_position(positions)
         else:
             self.frequencies = self.frequencies.to(device)
             angles = (positions[..., None] * self.frequencies)[:, None]  # (B or 1, 1, T, E/2), fp32
-            rope = angles.cos(), angles.sin()
+            cos, sin = angles.cos(), angles.sin()
+            rope = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():  # decoding keeps its cache
-                x = checkpoint(block, x, rope, cache, layer, slots, use_reentrant=False)
+                x = checkpoint(block, x, rope, cache, layer, use_reentrant=False)
             else:
-                x = block(x, rope, cache, layer, slots)
-        if cache:
-            cache.length = cache.length + T
+                x = block(x, rope, cache, layer)
         return self.norm(x)
 
     def read(self, ids: Sequence[int]) -> KVCache:
         """Read a context once: the cache to hand as `prefix` to any batch that starts with it."""
-        cache = KVCache(self.config, 1, len(ids))
+        cache = KVCache(self.config)
         self.hidden(torch.tensor([list(ids)], device=self.device), cache)
         return cache
 
@@ -362,41 +389,53 @@ class GPT(nn.Module):
         eos: Collection[int] = (),
         generator: torch.Generator | None = None,
         prefix: KVCache | None = None,
+        captured: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Continue each prompt -> (ids, mask), both (B, N) with N <= max_new_tokens.
 
         A row ends at its first token in `eos`; `mask` is True up to and including it, False after.
         Temperature 0 is greedy; then a row's tokens do not depend on the rest of the batch.
-        Sampling is reproducible from `generator`. With `prefix`, every prompt continues that shared
-        context; without, what all prompts begin with (a system turn, say) is found and read once.
+        Sampling is reproducible from `generator`. Adapters are folded in before. With
+        `prefix`, every prompt continues that shared context; without, what all prompts begin with
+        (a system turn, say) is found and read once. `captured`: see `capture`.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and a token in each")
         outside = not 0 < (top_p or 1) <= 1 or (top_k or 1) < 1 or 0 in (top_k, top_p)
         if max_new_tokens < 1 or temperature < 0 or outside:
             raise ValueError("generate: max_new_tokens, temperature, top_k or top_p out of range")
-        device = self.device
+        device, model = self.device, self
+        if self.adapted and not self.checkpointing:  # which says that memory matters more than time
+            model = merged_view(self)
         if prefix is None and (common := common_beginning(prompts)):
-            prefix, prompts = self.read(common), [p[len(common) :] for p in prompts]
+            prefix, prompts = model.read(common), [p[len(common) :] for p in prompts]
         ids = pad_right(prompts).to(device)
         B, L = ids.shape
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-        cache = KVCache(self.config, B, L + max_new_tokens, prefix)
-        states = self.hidden(ids, cache)  # (B, L, D)
-        # (B, 1, D): the states at the last token of each prompt
-        h = states[torch.arange(B, device=device), lengths - 1][:, None]
+        cache = KVCache(self.config, max_new_tokens - 1, prefix)  # the last one is not read
+        states = model.hidden(ids, cache)  # (B, L, D)
+        logits = model.head(states[torch.arange(B, device=device), lengths - 1])  # (B, V)
         cache.length = lengths  # the padding is forgotten: its slots will be overwritten
+        step = partial(model.step, cache=cache)
         running = torch.ones_like(lengths, dtype=torch.bool)
+        patience = 1 if device.type == "cpu" else 8  # to ask a device means to wait for it
         tokens, mask = [], []
         while True:
-            token = sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)  # (B,)
+            token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
             tokens.append(token * running)  # rows that have ended are filled with 0
             mask.append(running)
             running = running & ~torch.isin(token, eos_ids)
-            if len(tokens) == max_new_tokens or not running.any():
+            count = len(tokens)
+            if count == max_new_tokens or (count % patience == 0 and not running.any()):
                 return torch.stack(tokens, dim=1), torch.stack(mask, dim=1)
-            h = self.hidden(tokens[-1][:, None], cache)
+            logits = step(tokens[-1])
+            if captured and count == 1:  # the first step has warmed up
+                step = capture(step, token)
+
+    def step(self, token: Tensor, cache: KVCache) -> Tensor:
+        """Read one token of every row, (B,) -> logits of the next, (B, V)."""
+        return self.head(self.hidden(token[:, None], cache)[:, 0])
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
@@ -425,10 +464,12 @@ class GPT(nn.Module):
                 tensor = tensor.t().contiguous()
             ours = our_names(name)
             weights.update(zip(ours, tensor.chunk(len(ours))))
+        if config.tied and not torch.equal(weights["head.weight"], weights["embed.weight"]):
+            raise ValueError(f"{folder}: a tied head that is another matrix than the embedding")
         return assemble(config, weights, theirs.config).requires_grad_(True)
 
     @torch.no_grad()
-    def save_pretrained(self, folder: str, tokenizer=None, eos: Collection[int] = ()):
+    def save_pretrained(self, folder: str, eos: Collection[int] = ()):
         """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read, in the model's
         own dtype; adapters are folded in, in fp32."""
         os.makedirs(folder, exist_ok=True)
@@ -440,40 +481,14 @@ class GPT(nn.Module):
         for name in theirs.state_dict():
             tensor = torch.cat([weights[ours] for ours in our_names(name)])
             tensor = tensor.t() if ".c_" in name else tensor
-            state[name] = tensor.to(dtype).contiguous()
+            state[name] = tensor.to("cpu", dtype).contiguous()  # no second copy on the device
         theirs.load_state_dict(state, assign=True)
         theirs.tie_weights()
         theirs.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos) or None)
+        if self.config.positions == "rotary":  # transformers 4 reads these, 5 its rope_parameters
+            rope = {name: getattr(self.config, name) for name in ("rope_theta", "rope_scaling")}
+            vars(theirs.config).update(rope)
         theirs.save_pretrained(folder)
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
-
-    def save_adapters(self, folder: str, base: str = ""):
-        """Write the adapters alone, as PEFT and vLLM read them; `base` names their model."""
-        state, targets = {}, set()
-        for name in their_model(self).state_dict():
-            if ".c_attn." in name:
-                raise ValueError("GPT-2 holds q, k and v in one matrix: save the merged model")
-            layer = self.get_submodule(our_names(name)[0].rpartition(".")[0])
-            if getattr(layer, "A", None) is not None:
-                adapted, theirs = layer, name.rpartition(".")[0]
-                targets.add(theirs.rpartition(".")[2])
-                state[f"base_model.model.{theirs}.lora_A.weight"] = layer.A.detach()
-                state[f"base_model.model.{theirs}.lora_B.weight"] = layer.B.detach()
-        if not state:
-            raise ValueError("no adapters to save")
-        rank = len(adapted.A)
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": rank,
-            "lora_alpha": adapted.scale * rank,
-            "target_modules": sorted(targets),
-        }
-        os.makedirs(folder, exist_ok=True)
-        save_file(state, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
-        Path(folder, "adapter_config.json").write_text(json.dumps(config))
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -493,6 +508,24 @@ def sample(logits, temperature, top_k, top_p, generator):
     uniform = 1 - torch.rand(len(probs), 1, device=probs.device, generator=generator)  # in (0, 1]
     threshold = uniform * reached.amax(-1, keepdim=True)  # (B, 1); torch.multinomial draws (B, V)
     return (reached >= threshold).int().argmax(-1)  # the first that reaches it
+
+
+def capture(step, token):
+    """A step of decoding without its launches: compiled; on CUDA a graph, recorded once and then
+    replayed. A small model's step is a thousand kernels of a few microseconds, each of which costs
+    as much to launch. Shapes never change here, and all that changes is in tensors."""
+    if token.device.type != "cuda":
+        return torch.compile(step)
+    graph, token = torch.cuda.CUDAGraph(), token.clone()
+    with torch.cuda.graph(graph):
+        logits = step(token)
+
+    def replay(new_token):
+        token.copy_(new_token)
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def common_beginning(prompts):
@@ -516,8 +549,8 @@ def resolve_device(name: str, dtype: str):
     is autocast's, per operation. "auto" takes CUDA, then MPS; half precision on CUDA only: bf16,
     which needs no scaler, where the card has it."""
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        found = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator() if found else "cpu"
     try:
         device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -541,17 +574,6 @@ def load_weights(model: GPT, weights: dict[str, Tensor]):
         parameter.copy_(weights[name])
 
 
-@torch.no_grad()
-def perplexity(model: GPT, texts: list[list[int]]) -> float:
-    """exp of the mean −log p of all tokens but the first of each text, which nothing predicts."""
-    values = []
-    for row in texts:
-        ids = torch.tensor([row[: model.config.max_len]], dtype=torch.long, device=model.device)
-        logits = model(ids)[0, :-1].float()  # (T − 1, V)
-        values.append(F.cross_entropy(logits, ids[0, 1:], reduction="none"))
-    return torch.cat(values).mean().exp().item()
-
-
 # ----------------------------------------------------------------- other models of the same weights
 def assemble(config, weights, source=None):
     """A frozen GPT that holds these very tensors: nothing is copied, nothing drawn at random."""
@@ -564,29 +586,23 @@ def assemble(config, weights, source=None):
     return model
 
 
-TARGETS = ("q", "k", "v", "out", "gate", "up", "down")
-
-
-def add_adapters(
-    model: GPT, rank: int, alpha: float | None = None, targets: Collection[str] = TARGETS
-):
-    """Freeze the model and train a rank-r change of the target matrices instead: W x + (α/r) B A x,
-    in fp32.
+def add_adapters(model: GPT, rank: int, alpha: float | None = None):
+    """Freeze the model and train a rank-r change of every matrix in the blocks instead:
+    W x + (α/r) B A x, in fp32.
 
     A starts random and B at zero, so the model starts as itself. α is 2r unless it is given. The
     base stays what it was: a frozen teacher needs no second copy of the weights, see
     `without_adapters`.
     """
-    modules = model.blocks.named_modules()
-    layers = [module for name, module in modules if name.rpartition(".")[2] in targets]
-    if rank < 1 or not layers or set(targets) - set(TARGETS):
-        raise ValueError(f"adapters of rank {rank} on {targets}: at least 1, on some of {TARGETS}")
+    if rank < 1:
+        raise ValueError(f"adapters of rank {rank}: at least 1")
     model.requires_grad_(False)
-    for layer in layers:
-        layer.A = nn.Parameter(torch.empty(rank, layer.in_features, device=model.device))
-        layer.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=model.device))
-        layer.scale = 2.0 if alpha is None else alpha / rank
-        nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))  # the paper's code: uniform in ±1/√in
+    for layer in model.blocks.modules():
+        if isinstance(layer, Linear):
+            layer.A = nn.Parameter(torch.empty(rank, layer.in_features, device=model.device))
+            layer.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=model.device))
+            layer.scale = 2.0 if alpha is None else alpha / rank
+            nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))  # the paper's code: uniform in ±1/√in
 
 
 def merged_weights(model: GPT, merge=True):
@@ -611,6 +627,15 @@ def merged_copy(model: GPT) -> GPT:
     """A second, frozen model with weights of its own, adapters folded in, in fp32 or better."""
     dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in merged_weights(model)}
+    return assemble(model.config, weights, model.source)
+
+
+def merged_view(model: GPT) -> GPT:
+    """The model with its adapters folded in, in its base's dtype: to decode with as few operations
+    as without them. It shares all that is not adapted, and does not follow the model."""
+    weights = {}
+    for name, tensor in merged_weights(model):
+        weights[name] = tensor.detach().to(model.get_parameter(name).dtype)
     return assemble(model.config, weights, model.source)
 
 

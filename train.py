@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,31 +32,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin ruin a busy machine
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
+from transformers.utils.hub import cached_file
 
 import contexts
-from contexts import (
-    KINDS,
-    BadInput,
-    Task,
-    context_prompts,
-    reading,
-    seeded,
-    student_prompt,
-    teacher_prompt,
-)
-from cosd import (
-    DIVERGENCES,
-    Rows,
-    Teacher,
-    cosd_loss,
-    cross_entropy,
-    make_objective,
-    token_probabilities,
-    token_weights,
-)
+import cosd
+from contexts import KINDS, BadInput, context_prompts, reading, student_prompt, teacher_prompt, warn
+from cosd import DIVERGENCES, Rows, Teacher, cosd_loss, cross_entropy, make_objective, token_weights
 from model import (
     GPT,
     GPTConfig,
@@ -63,7 +49,6 @@ from model import (
     load_weights,
     low_precision_,
     pad_right,
-    perplexity,
     read_config,
     resolve_device,
     trained,
@@ -87,6 +72,7 @@ METHODS = {
     "pretrain": Method(("expert",), "cross_entropy", 3e-3, warmup=50, weight_decay=0.1),
 }
 SAVE_SECONDS = 60  # between two checkpoints
+BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
 
 
 # ====================================================================================== 1. the loop
@@ -95,7 +81,7 @@ class Run:
     """What the loop works on, and what a checkpoint saves of it."""
 
     cfg: Config
-    task: Task
+    task: contexts.Task
     student: GPT
     teacher: Teacher
     base: Teacher  # the student as it was, frozen: it scores anchors and measures drift
@@ -116,7 +102,7 @@ class Run:
 def fit(run: Run) -> None:
     """The training loop, in order of time."""
     cfg, method, student, scaler = run.cfg, METHODS[run.cfg.method], run.student, run.scaler
-    bar = tqdm(total=cfg.steps, initial=run.step, desc=run.folder.stem, dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=run.step, desc=run.folder.stem, bar_format=BAR)
     save_at = time.perf_counter() + SAVE_SECONDS
     with stopping() as stop, bar:
         for step in range(run.step, cfg.steps):
@@ -172,9 +158,9 @@ def task_rows(run: Run, step: int) -> Rows:
     cfg, task, method = run.cfg, run.task, METHODS[run.cfg.method]
     examples = task.draw_batch(cfg.seed, step, cfg.batch - cfg.n_anchors)
     prompts = [task.show(task.chat, e) for e in examples]
-    writer = seeded(cfg.seed, "writer", step).choice(method.writer)
+    writer = contexts.seeded(cfg.seed, "writer", step).choice(method.writer)
     if writer == "expert":
-        y = [task.chat.encode(e.expert) + [task.chat.end] for e in examples]
+        y = [task.chat.target(e.prompt, e.expert) for e in examples]
     elif writer == "teacher":
         theirs = context_prompts(task, examples)
         y = write(run, run.teacher.model, theirs, cfg.temperature, "offline", step)
@@ -185,40 +171,38 @@ def task_rows(run: Run, step: int) -> Rows:
         scorer, theirs = run.teacher, context_prompts(task, examples, y)
         objective = run.divergence
     share = 1 - cfg.n_anchors / cfg.batch
-    return make_rows(run, prompts, y, scorer, theirs, objective, share, cfg.reduction, cfg.skip)
+    return make_rows(prompts, y, scorer, theirs, objective, share, cfg.reduction, cfg.skip)
 
 
 def anchor_rows(run: Run, step: int) -> Rows:
     """Old prompts under other contexts or none, answered by the student and scored by the base in
     the same context: replay from the model's own distribution, for every method alike."""
     cfg, task = run.cfg, run.task
-    rng = seeded(cfg.seed, task.kind, "anchors", step)
+    rng = contexts.seeded(cfg.seed, task.kind, "anchors", step)
     prompts = [teacher_prompt(task.chat, task.draw_anchor(rng)) for _ in range(cfg.n_anchors)]
     y = write(run, run.student, prompts, cfg.temperature, "anchors", step)
     share = cfg.n_anchors / cfg.batch
-    return make_rows(run, prompts, y, run.base, prompts, run.divergence, share, cfg.reduction)
+    return make_rows(prompts, y, run.base, prompts, run.divergence, share, cfg.reduction)
 
 
 def write(run: Run, model: GPT, prompts, temperature, *what) -> list:
     """Completions y of the prompts by a model, as lists of tokens; `what` names their random
     numbers."""
     cfg, y, at_once = run.cfg, [], 2 * run.cfg.batch
-    seed = seeded(cfg.seed, run.task.kind, *what).getrandbits(60)
+    seed = contexts.seeded(cfg.seed, run.task.kind, *what).getrandbits(60)
     generator = torch.Generator(model.device).manual_seed(seed)
     how = {"temperature": temperature, "eos": run.task.chat.ends, "generator": generator}
     for i in range(0, len(prompts), at_once):
-        ids, mask = model.generate(prompts[i : i + at_once], cfg.max_new_tokens, **how)
-        y += [row[m].tolist() for row, m in zip(ids, mask)]
+        some = prompts[i : i + at_once]
+        ids, mask = model.generate(some, cfg.max_new_tokens, captured=cfg.compile, **how)
+        y += [row[:n] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
     return y
 
 
-def make_rows(
-    run: Run, prompts, y, scorer, theirs, objective, share=1.0, reduction="token", skip=0
-) -> Rows:
+def make_rows(prompts, y, scorer, theirs, objective, share=1.0, reduction="token", skip=0) -> Rows:
     """Lists of tokens as tensors, with weights that sum to `share`."""
-    device = run.student.device
-    ids = pad_right(y).to(device)  # (B, N)
-    mask = pad_right([[1] * len(row) for row in y]).bool().to(device)  # (B, N)
+    ids = pad_right(y)  # (B, N)
+    mask = pad_right([[1] * len(row) for row in y]).bool()  # (B, N)
     weights = share * token_weights(mask, reduction, skip)
     return Rows(prompts, theirs, ids, mask, weights, scorer, objective)
 
@@ -226,13 +210,14 @@ def make_rows(
 def log_row(parts: dict, losses: list, norm) -> dict:
     """The step in numbers: the loss and the student's entropy; the objective's mean over each
     part's tokens; the mean length of the task's answers; the gradient's norm."""
-    values = {"grad_norm": norm, "length": parts["task"].mask.sum(1).float().mean()}
+    values = {"grad_norm": norm}
     for name, log in losses:
         mean = log["loss"] / parts[name].weights.sum()
         for key, value in {**log, name: mean}.items():
             values[key] = values.get(key, 0.0) + value
     numbers = torch.stack([*values.values()]).tolist()  # one wait for the device
-    return dict(zip(values, numbers))
+    mask = parts["task"].mask
+    return dict(zip(values, numbers)) | {"length": mask.sum().item() / len(mask)}
 
 
 def demand_finite(run: Run, row: dict) -> None:
@@ -240,15 +225,11 @@ def demand_finite(run: Run, row: dict) -> None:
     may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or may_overflow):
         return
-    raise Diverged(
+    raise FloatingPointError(
         f"{run.folder.stem}: loss {row['loss']}, gradient norm {row['grad_norm']} at step "
         f"{row['step']}: not a finite number. Try a lower --lr or --dtype fp32; the last good "
         f"state is in {run.folder}, if one was saved"
     )
-
-
-class Diverged(Exception):
-    """The loss is no longer a number: one line, exit code 1."""
 
 
 @contextmanager
@@ -278,7 +259,6 @@ def flag(default, about: str, low: float | None = None):
 
 @dataclass(frozen=True)
 class Config:
-    # what to learn, and how
     context: str = flag("all", "a kind of contexts.KINDS; all: every kind, in the built-in world")
     method: str = flag("all", "of METHODS; all: COSD and SFT; pretrain: the world's base alone")
     divergence: str = flag("forward_kl", "or reverse_kl, jsd, policy_gradient (sampled tokens)")
@@ -291,13 +271,12 @@ class Config:
     micro_batch: int = flag(0, "prompts at once, the result does not depend on it; 0: all", 0)
     lr: float | None = flag(None, "[cosd 2e-4, sft 1e-4; with --model 5e-5, --lora 5e-4]", 0)
     temperature: float = flag(1.0, "of the rollouts; 0 is greedy", 0)
-    max_new_tokens: int = flag(24, "longest answer", 1)
+    max_new_tokens: int | None = flag(None, "longest answer, in tokens [24; with --model 256]", 1)
     reduction: str = flag("token", "what counts the same in the loss; or sequence, the answer")
     skip: int = flag(0, "first tokens of each answer left out of the loss", 0)
     chunk: int | None = flag(None, "rows of logits held at once; 0: all [0; with --model 32]", 0)
     lora: int = flag(0, "rank of the adapters; 0: train all weights", 0)
     checkpointing: bool = flag(False, "compute blocks again in the backward pass, to save memory")
-    # your own model and files
     model: str | None = flag(None, "a folder or hub name; without it, the built-in world")
     prompts: str | None = flag(None, "JSON lines to train on")
     heldout: str | None = flag(None, "JSON lines to score on [every eighth line of --prompts]")
@@ -306,20 +285,18 @@ class Config:
     shots: int | None = flag(None, "lines shown before the prompt [demonstrations 4, else 0]", 0)
     score: str = flag("none", "exact, contains, regex, number, contains:TEXT, path.py:function")
     anchor_file: str | None = flag(None, "JSON lines: prompts for --anchors, and for the drift")
-    unrelated: str | None = flag(None, "a text whose perplexity should not change")
-    export: str = flag("merged", "what is written for transformers: or adapters (PEFT), none")
+    chat_template_kwargs: str = flag("{}", 'as JSON: {"enable_thinking": false}, say')
     dry_run: bool = flag(False, "read everything, say what would be done, and stop")
-    # the run
     seed: int = flag(0, "of everything random", 0)
     seeds: int = flag(1, "how many, from --seed on; the table gives mean ± deviation", 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = flag("auto", "of autocast: fp32, bf16 or fp16; the weights stay fp32")
+    compile: bool = flag(False, "decode by one recorded step: on CUDA a graph, else torch.compile")
     eval_size: int = flag(128, "held-out prompts, and prompts a probe", 1)
     eval_every: int = flag(0, "measure every so many steps, for the curve; 0: at the end only", 0)
     out: str = flag("out", "where bases and runs are kept")
     resume: bool = flag(False, "take up what was stopped, skip what is complete")
     pretrain_steps: int = flag(2000, "of the built-in world's base", 1)
-    d_model: int = flag(128, "width of the built-in world's base", 8)
 
     def __post_init__(self):
         check_flags(self)
@@ -327,8 +304,8 @@ class Config:
 
     def resolved(self, method: str) -> Config:
         """With the defaults that depend on the method, and on the built-in world or --model."""
-        world = {"steps": 250, "batch": 64, "lr": METHODS[method].lr, "chunk": 0}
-        own = {"steps": 40, "batch": 8, "lr": 5e-4 if self.lora else 5e-5, "chunk": 32}
+        world = dict(steps=250, batch=64, lr=METHODS[method].lr, chunk=0, max_new_tokens=24)
+        own = dict(steps=40, batch=8, lr=5e-4 if self.lora else 5e-5, chunk=32, max_new_tokens=256)
         chosen = {"method": method}
         for name, default in (own if self.model else world).items():
             if getattr(self, name) is None:
@@ -345,13 +322,16 @@ CHOICES = {
     "divergence": [*DIVERGENCES, "policy_gradient"],
     "teacher": ["frozen", "ema", "live"],
     "reduction": ["token", "sequence"],
-    "export": ["merged", "adapters", "none"],
     "dtype": ["auto", "fp32", "bf16", "fp16"],
 }
 PRESETS = {
     "default": {},
-    "smoke": {"pretrain_steps": 20, "steps": 4, "batch": 8, "d_model": 32, "eval_size": 8},
+    "smoke": {"pretrain_steps": 20, "steps": 4, "batch": 8, "eval_size": 8},
 }
+
+
+OWN = "prompts heldout context_file template shots score anchor_file chat_template_kwargs dry_run"
+GROUPS = {"context": "what to learn, and how", "model": "your own model", "seed": "the run"}
 
 
 def check_flags(cfg: Config) -> None:
@@ -362,6 +342,7 @@ def check_flags(cfg: Config) -> None:
         if name == "context":
             choices = ["all", *KINDS]  # looked up late: a new kind is known
         with reading(f"{spelled(name)} {value!r}"):
+            str(value).encode()  # some file names are no text
             if value not in choices:
                 raise ValueError(f"choose from {', '.join(choices)}")
             if None not in (low, value) and not low <= value < 1e9:
@@ -370,8 +351,7 @@ def check_flags(cfg: Config) -> None:
 
 def check_combinations(cfg: Config) -> None:
     """Flags that contradict each other, or that would be ignored without a word."""
-    files = "prompts heldout context_file template shots score anchor_file unrelated export dry_run"
-    idle = [spelled(f) for f in files.split() if getattr(cfg, f) != getattr(Config, f)]
+    idle = [spelled(f) for f in OWN.split() if getattr(cfg, f) != getattr(Config, f)]
     sampled = cfg.divergence == "policy_gradient"
     off_policy = cfg.method in ["offline", "gkd"] or cfg.temperature != 1
     for wrong, message in [
@@ -382,8 +362,10 @@ def check_combinations(cfg: Config) -> None:
         (max(cfg.anchors, cfg.ema_rate) > 1, "--anchors and --ema-rate are shares: at most 1"),
         (sampled and cfg.top_k, "policy_gradient sees sampled tokens only: no --top-k"),
         (sampled and off_policy, "policy_gradient needs --method cosd and --temperature 1"),
-        (cfg.export == "adapters" and not cfg.lora, "--export adapters needs --lora RANK"),
-        (cfg.skip >= cfg.max_new_tokens, f"--skip {cfg.skip} must be below --max-new-tokens"),
+        (
+            cfg.skip >= (cfg.max_new_tokens or 24),
+            f"--skip {cfg.skip} must be below --max-new-tokens",
+        ),
         (cfg.model and cfg.method == "pretrain", "--method pretrain is the built-in world's"),
     ]:
         if wrong:
@@ -397,18 +379,22 @@ def spelled(name: str) -> str:
 def parse(argv: list[str] | None) -> Config:
     """The command line is the dataclass: one flag a field, no abbreviations."""
     parser = argparse.ArgumentParser(
+        usage="python train.py [flags]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for item in fields(Config):
-        about = f"{item.metadata['about']} [{item.default}]"
-        if item.type == "bool":
+        about, kind = item.metadata["about"], item.type.split()[0]
+        if item.default is not None:
+            about += f" [{item.default}]"
+        how = {"type": {"int": int, "float": float}.get(kind, str)}
+        if kind == "bool":
             how = {"action": argparse.BooleanOptionalAction}
-        else:
-            how = {"type": {"int": int, "float": float}.get(item.type.split()[0], str)}
-        parser.add_argument(spelled(item.name), help=about, **how)
+        if title := GROUPS.get(item.name):
+            group = parser.add_argument_group(title)
+        group.add_argument(spelled(item.name), help=about, **how)
     parser.add_argument("--preset", choices=PRESETS, default="default", help="smoke: in seconds")
     given = vars(parser.parse_args(argv))
     return Config(**PRESETS[given.pop("preset")] | given)
@@ -416,25 +402,28 @@ def parse(argv: list[str] | None) -> Config:
 
 # ==================================================================================== 3. evaluation
 @torch.no_grad()
-def sampled_kl(run: Run, model: GPT, prompts, y, scorer: Teacher, theirs) -> float:
-    """KL(model‖scorer) in nats per token, on the model's own samples y, exact at every token."""
-    objective = make_objective("reverse_kl")  # the model stands where the student does
-    rows = make_rows(run, prompts, y, scorer, theirs, objective)
+def mean_loss(run: Run, model: GPT, prompts, y, objective, scorer=None, theirs=()) -> float:
+    """The objective's mean over all tokens of y, in nats, with `model` as the student."""
+    rows = make_rows(prompts, y, scorer, theirs, objective)
     losses = [cosd_loss(model, part, run.cfg.chunk)[0] for part in rows.split(2 * run.cfg.batch)]
     return sum(losses).item()
+
+
+REVERSE_KL = make_objective("reverse_kl")  # KL(model‖scorer), exact at every token of its samples
 
 
 def drift(run: Run, prompts: list[list[int]]) -> float:
     """KL(base‖student) on the base's own samples, both without any other context than the prompts
     have."""
-    y = write(run, run.base.model, prompts, 1, "drift")
-    return sampled_kl(run, run.base.model, prompts, y, Teacher(run.student, "live"), prompts)
+    base, student = run.base.model, Teacher(run.student, "live")
+    y = write(run, base, prompts, 1, "drift")
+    return mean_loss(run, base, prompts, y, REVERSE_KL, student, prompts)
 
 
 def measure(run: Run) -> dict:
     """What the student can do now: the task without C, what is left to learn from C, old skills,
     and how far it moved."""
-    cfg, task, student, probes = run.cfg, run.task, run.student, []
+    task, student, probes = run.task, run.student, []
     prompts = [student_prompt(task.chat, e) for e in task.heldout]
     y = write(run, student, prompts, 1, "held-out KL")
     theirs = context_prompts(task, task.heldout, y)
@@ -442,15 +431,13 @@ def measure(run: Run) -> dict:
         "task": task.grades(task.heldout, write(run, student, prompts, 0)),
         "drift_new": drift(run, prompts),
     }
-    result["kl"] = sampled_kl(run, student, prompts, y, run.teacher, theirs)
+    result["kl"] = mean_loss(run, student, prompts, y, REVERSE_KL, run.teacher, theirs)
     for name, suite in task.probes.items():
         in_context = [teacher_prompt(task.chat, e) for e in suite]
         result[name] = task.grades(suite, write(run, student, in_context, 0))
         probes += in_context
     if probes:
         result["drift"] = drift(run, probes)
-    if cfg.unrelated:
-        result["perplexity"] = perplexity(student, task.paragraphs)
     return result
 
 
@@ -473,9 +460,12 @@ def preflight(run: Run) -> dict:
     before["teacher"] = run.task.grades(heldout, write(run, run.student, theirs, 0))
     before["tokens_saved"] = (sum(map(len, theirs)) - sum(map(len, prompts))) / len(prompts)
     floor, ceiling, kl = before["task"], before["teacher"], before["kl"]
-    print(f"\n{run.folder.stem}: student {floor}, teacher {ceiling}, KL {kl:.3f} nats per token")
-    if ceiling.get("score", kl) <= floor.get("score", 1e-3):
-        print("The teacher does not beat the student: this context can teach this model nothing.")
+    name = run.folder.stem
+    print(f"\n{name}: student {floor}, teacher {ceiling}, KL {kl:.3f} nats", file=sys.stderr)
+    if ceiling.get("score", kl) <= floor.get("score", 0.02):
+        warn(f"{name}: the teacher hardly beats the student: C can teach this model nothing")
+    if ceiling.get("cut_off", 0) > 0.5:
+        warn(f"{name}: most answers are cut off: raise --max-new-tokens {run.cfg.max_new_tokens}")
     return before
 
 
@@ -486,9 +476,10 @@ def sample_text(run: Run) -> str:
         prompt = [student_prompt(chat, e)]
         y = write(run, student, prompt, run.cfg.temperature, "samples", run.step)
         theirs = context_prompts(run.task, [e], y)
-        rows = make_rows(run, prompt, y, run.teacher, theirs, None)
         text += chat.decode(theirs[0] + y[0]) + "\n  "
-        for token, q, p in zip(y[0], *token_probabilities(student, rows)):
+        rows = make_rows(prompt, y, run.teacher, theirs, None)
+        both = torch.stack(cosd.token_probabilities(student, rows)).T.tolist()  # (n, 2)
+        for token, (q, p) in zip(y[0], both):
             text += f" {chat.decode([token])!r} {q:.2f}→{p:.2f}"
         text += "\n"
     return text
@@ -506,7 +497,7 @@ def replace_file(path: Path, write_to: Callable) -> None:
     os.replace(unfinished, path)
 
 
-KEPT = ["identity", "step", "log", "curve", "samples", "before", "result"]  # of a Run
+KEPT = "identity step log curve samples before result".split()  # of a Run
 
 
 def save_run(run: Run) -> None:
@@ -516,7 +507,7 @@ def save_run(run: Run) -> None:
     if run.result is None:
         state["optimizer"], state["scaler"] = run.optimizer.state_dict(), run.scaler.state_dict()
         state["teacher"] = run.teacher.model.state_dict() if run.teacher.kind == "ema" else {}
-    elif (run.folder / "export").exists():  # it has the weights
+    elif run.cfg.model and not run.cfg.lora:  # its export has the weights
         state["model"] = {}
     replace_file(run.folder / "state.pt", partial(torch.save, state))
     lines = [json.dumps(row) + "\n" for row in run.log]
@@ -576,9 +567,11 @@ def working_in(folder: Path) -> Iterator[Path]:
 
 
 # ====================================================================================== 5. the runs
-def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path) -> Run:
+def assemble(cfg: Config, task: contexts.Task, student: GPT, identity: dict, folder: Path) -> Run:
     """The parts of a run, at step 0."""
     device, dtype, autocast = resolve_device(cfg.device, cfg.dtype)
+    # What stays in fp32 beside half precision, the head's products, may use a card's TF32 units.
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     if cfg.lora:
         torch.manual_seed(cfg.seed)
         add_adapters(student, cfg.lora)
@@ -587,20 +580,15 @@ def assemble(cfg: Config, task: Task, student: GPT, identity: dict, folder: Path
     teacher = Teacher(student, cfg.teacher, cfg.ema_rate, task.shared)
     base = teacher if cfg.teacher == "frozen" else Teacher(student, "frozen")
     low_precision_(base.model, dtype)
-    decay = METHODS[cfg.method].weight_decay
-    weights = trained(student).values()
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    how = {"betas": (0.9, 0.95), "weight_decay": METHODS[cfg.method].weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(trained(student).values(), **how)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     made = optimizer, scaler, autocast, make_objective(cfg.divergence, top_k=cfg.top_k)
     return Run(cfg, task, student, teacher, base, *made, folder, identity)
 
 
 # These do not change a run's result, or by rounding only.
-NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing dry_run".split()
-
-
-def settings_of(cfg: Config) -> dict:
-    return {key: value for key, value in asdict(cfg).items() if key not in NOT_IDENTITY}
+NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing compile dry_run".split()
 
 
 def digest(value) -> str:
@@ -611,14 +599,11 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
     """The built-in world's base for this configuration and seed, and its name. Pretraining is the
     same loop. It goes on from where it stood; a complete base is only read. The name is a digest of
     the settings and of a sample of the data itself, so that a changed world means a new base."""
-    kept = {name: getattr(cfg, name) for name in ("seed", "device", "dtype", "d_model")}
-    cfg = Config(method="pretrain", teacher="live", steps=cfg.pretrain_steps, batch=96, **kept)
-    cfg, D = cfg.resolved("pretrain"), cfg.d_model
-    with reading(f"--d-model {D}"):
-        shape = GPTConfig(contexts.ENCODING.n_vocab, d_model=D, head_dim=D // 4, d_ff=3 * D)
-    rng = seeded("data")
+    kept = {"seed": cfg.seed, "dtype": cfg.dtype, "steps": cfg.pretrain_steps, "batch": 96}
+    cfg = Config(method="pretrain", teacher="live", device=cfg.device, **kept).resolved("pretrain")
+    shape, rng = GPTConfig(contexts.ENCODING.n_vocab), contexts.seeded("data")
     data = [asdict(contexts.draw_pretraining(rng)) for _ in range(256)]
-    identity = settings_of(cfg) | {"shape": asdict(shape), "data": digest(data)}
+    identity = kept | {"lr": cfg.lr, "shape": asdict(shape), "data": digest(data)}
     folder = Path(root) / f"base-{digest(identity)}"
     torch.manual_seed(cfg.seed)
     base = GPT(shape).to(resolve_device(cfg.device, cfg.dtype)[0])
@@ -631,10 +616,11 @@ def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
     return base, folder.name
 
 
-def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
+def run_method(cfg: Config, task: contexts.Task, student: GPT, base: str) -> dict:
     """Compile one context into `student` by one method, measured before and after. Returns the
     result."""
-    identity = settings_of(cfg) | {"files": [digest(file.read_text()) for file in input_files(cfg)]}
+    identity = {key: value for key, value in asdict(cfg).items() if key not in NOT_IDENTITY}
+    identity["files"] = [digest(file.read_text()) for file in input_files(cfg)]
     setting = f"{cfg.context}-{cfg.method}-{digest(identity | {'seed': 0})[:4]}"
     folder = Path(cfg.out) / f"{setting}-seed{cfg.seed}"  # other settings, another folder
     identity["base"] = base
@@ -660,55 +646,51 @@ def run_method(cfg: Config, task: Task, student: GPT, base: str) -> dict:
                 "after": measure(run),
                 "curve": run.curve,
             }
-        export(run)
+        if cfg.model:
+            export(run)
         save_run(run)
     return run.result
 
 
 def export(run: Run) -> None:
-    """What transformers and vLLM load: the model with its adapters folded in, or the adapters alone
-    for PEFT."""
-    from transformers import AutoTokenizer
-
-    cfg, folder = run.cfg, run.folder / "export"
+    """What transformers 4 and 5 and vLLM load: the merged model, its tokenizer's original files."""
+    folder = run.folder / "export"
     shutil.rmtree(folder, ignore_errors=True)  # of a stopped try
-    if cfg.model and cfg.export == "adapters":
-        run.student.save_adapters(folder, cfg.model)
-    elif cfg.model and cfg.export == "merged":
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        run.student.save_pretrained(folder, tokenizer, run.task.chat.ends)
+    with reading(f"{folder} could not be written"):
+        run.student.save_pretrained(folder, run.task.chat.ends)
+        for path in Path(cached_file(run.cfg.model, "config.json")).parent.iterdir():
+            if path.is_file() and re.search(r"token|vocab|merges|template|\.model$", path.name):
+                shutil.copy(path, folder)
 
 
 def input_files(cfg: Config) -> list[Path]:
-    lines, shown = [cfg.prompts, cfg.heldout, cfg.anchor_file], [cfg.context_file, cfg.template]
-    named = [*lines, *shown, cfg.unrelated, cfg.score.rpartition(":")[0]]
-    return [Path(name) for name in named if Path(name or ".").is_file()]
+    named = [str(value).rpartition(":")[0] or str(value) for value in asdict(cfg).values()]
+    return [Path(name) for name in named if os.path.isfile(name)]  # score: path.py:function
 
 
 def run_own(cfg: Config) -> dict:
     """A run on the user's model and files. Whatever is wrong with the files shows up before any
     weight is loaded."""
-    for path in [Path(cfg.model), *input_files(cfg)]:
-        for place in [path.resolve(), *path.resolve().parents]:
-            if (place / "state.pt").exists():
-                raise BadInput(f"{path} lies in the output folder {place}: copy it elsewhere first")
+    path = Path(cfg.model)
+    for file in [path, *input_files(cfg)]:
+        if any((place / "state.pt").exists() for place in file.resolve().parents):
+            raise BadInput(f"{file} lies in a run's folder, which may be replaced: copy it first")
     with reading(f"--model {cfg.model}"):
+        # A name of the hub, or a path: out/x, where there is a folder out, is a path.
+        local = cfg.model[0] in "./~" or path.exists() or path.parent.name and path.parent.is_dir()
+        if local and not (path / "config.json").is_file():
+            raise ValueError("no config.json there: name a folder with a whole model, not adapters")
         shape = read_config(cfg.model)
-        if cfg.export == "adapters" and shape.positions == "learned":
-            raise ValueError("GPT-2 holds q, k and v in one matrix: use --export merged")
-        chat = contexts.open_chat(cfg.model, shape.vocab_size)
+        extra = json.loads(cfg.chat_template_kwargs)
+        chat = contexts.open_chat(cfg.model, shape.vocab_size, **extra)
     task = contexts.file_task(cfg, chat, shape.max_len)
-    longest = max(len(teacher_prompt(chat, e)) for e in task.heldout)
-    print(
-        f"{shape.n_params() / 1e6:.1f} M parameters; with context up to {longest} tokens, "
-        f"{len(task.shared)} of them read once. Does it fit? python notebooks/plan.py, same flags"
-    )
     if cfg.dry_run:
+        warn("nothing is trained; memory and time: python notebooks/plan.py with the same flags")
         return {}
     with reading(f"--model {cfg.model}"):
         student = GPT.from_pretrained(cfg.model).to(resolve_device(cfg.device, cfg.dtype)[0])
-    fingerprint = digest([p.flatten()[:8].tolist() for p in student.parameters()])
-    return run_method(cfg, task, student, fingerprint)
+    sample = [p.flatten()[:8].tolist() for p in student.parameters()]
+    return run_method(cfg, task, student, digest(sample))
 
 
 # ===================================================================================== 6. the whole
@@ -736,26 +718,26 @@ def train(cfg: Config) -> list[dict]:
             for run_cfg in comparison(replace(cfg, context=kind)):
                 if cfg.method != "pretrain":
                     results.append(run_method(run_cfg, task, copy.deepcopy(base), name))
-    report = Path(__file__).with_name("notebooks") / "report.py"  # the table and the figure
-    if any(results):
-        subprocess.run([sys.executable, str(report), cfg.out], check=True)
+    if any(results):  # the table and the figure
+        report = f"{Path(__file__).parent}/notebooks/report.py"
+        subprocess.run([sys.executable, report, cfg.out], check=True)
     return results
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     try:
         train(parse(argv))
         return 0
     except KeyboardInterrupt as stopped:
         said, code = f"{stopped}: go on with the same command and --resume", 130
-    except Diverged as error:
+    except FloatingPointError as error:
         said, code = error, 1
     except (BadInput, OSError) as error:
         said, code = f"error: {error}", 2
     except subprocess.CalledProcessError as error:
         said, code = "the report failed", error.returncode
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         said, code = "error: out of memory: lower --micro-batch, set --chunk 32 and ", 2
         said += "--checkpointing (the result stays the same); or --lora 16, a lower --batch"

@@ -231,11 +231,13 @@ def catch(model, chat):
 def attention_weights(model, chat):
     caught = catch(model, chat)
     angles = torch.arange(T)[:, None] * model.frequencies  # (T, E/2)
+    cos = angles.cos().repeat(1, 2)  # (T, E): for both halves of a head
+    sin = torch.cat([-angles.sin(), angles.sin()], dim=1)  # (T, E)
     future = torch.ones(T, T).triu(1).bool()
     weights = []
     for layer in range(len(model.blocks)):
-        q = rotate(caught[layer, "q"], angles.cos(), angles.sin())  # (H, T, E)
-        k = rotate(caught[layer, "k"], angles.cos(), angles.sin())
+        q = rotate(caught[layer, "q"], cos, sin)  # (H, T, E)
+        k = rotate(caught[layer, "k"], cos, sin)
         w = (q @ k.transpose(1, 2) / E**0.5).masked_fill(future, float("-inf")).softmax(-1)
         assert torch.allclose(w @ caught[layer, "v"], caught[layer, "mixed"], atol=1e-4)
         weights.append(w)
@@ -329,7 +331,7 @@ big = GPT(
 )
 text = torch.randint(0, V, (1, 400))
 slow, fast, slow_seconds, fast_seconds = [], [], [], []
-cache = KVCache(big.config, batch=1, capacity=400)
+cache = KVCache(big.config, room=399)  # beside the first token
 with torch.no_grad():
     for t in range(400):
         began = time.perf_counter()
@@ -377,8 +379,7 @@ def whole():
 
 @torch.no_grad()
 def in_two(prefix):
-    ids = pad_right(tails)
-    return big(ids, KVCache(big.config, *ids.shape, prefix))
+    return big(pad_right(tails), KVCache(big.config, prefix=prefix))
 
 
 with torch.no_grad():

@@ -41,10 +41,11 @@ from multiprocessing import active_children, get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import numpy as np
 import torch
+from perplexity import perplexity, read_paragraphs
 from tqdm import tqdm
 
 import contexts
@@ -57,7 +58,7 @@ from train import Config, Run
 T95 = [math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # by degrees of freedom
 DATA = ROOT / "notebooks" / "data"
 WORLD = dict(steps=100, batch=32, eval_size=64)
-SMOKE = dict(pretrain_steps=10, d_model=32, steps=2, batch=8, eval_size=4)
+SMOKE = dict(pretrain_steps=10, steps=2, batch=8, eval_size=4)
 OWN = ("weighted", "base_kl", "replay")  # settings that train.py does not know: see `parts`
 
 
@@ -128,9 +129,9 @@ def parts(run: Run, step: int, settings: dict) -> dict:
         corpus = draw_proxy if settings["replay"] == "proxy" else contexts.draw_pretraining
         drawn = [contexts.draw_anchor(rng, run.task.kind, corpus) for _ in range(run.cfg.n_anchors)]
         prompts = [contexts.teacher_prompt(chat, e) for e in drawn]
-        y = [chat.encode(e.answer) + [chat.end] for e in drawn]
+        y = [chat.target(e.prompt, e.answer) for e in drawn]
         rows["anchors"] = train.make_rows(
-            run, prompts, y, None, prompts, cross_entropy, run.cfg.n_anchors / run.cfg.batch
+            prompts, y, None, prompts, cross_entropy, run.cfg.n_anchors / run.cfg.batch
         )
     elif run.cfg.n_anchors:
         rows["anchors"] = train.anchor_rows(run, step)
@@ -455,8 +456,8 @@ def straight(job: dict, options: argparse.Namespace) -> dict:
     @torch.no_grad()
     def loss(between: GPT, examples: list[Example]) -> float:
         prompts = [contexts.teacher_prompt(chat, e) for e in examples]
-        y = [chat.encode(e.answer) + [chat.end] for e in examples]
-        return cosd_loss(between, train.make_rows(run, prompts, y, None, prompts, cross_entropy))[
+        y = [chat.target(e.prompt, e.answer) for e in examples]
+        return cosd_loss(between, train.make_rows(prompts, y, None, prompts, cross_entropy))[
             0
         ].item()
 
@@ -489,9 +490,7 @@ def real(job: dict, options: argparse.Namespace) -> dict:
     common = dict(
         model=str(options.model),
         prompts=str(DATA / own),
-        unrelated=str(DATA / "plain.txt"),
         dtype="bf16" if options.bf16 else "fp32",
-        export="none",
         max_new_tokens=24 if style else 12,
         device="cpu",
         seed=job["seed"],
@@ -561,7 +560,14 @@ def real(job: dict, options: argparse.Namespace) -> dict:
                 scores[name] = score(other, student, other.task.heldout, True)["score"]
         return scores
 
+    paragraphs = read_paragraphs(str(DATA / "plain.txt"), cfg.model, shape.max_len)
+
+    def plain() -> float:
+        with run.autocast():
+            return perplexity(student, paragraphs)
+
     before, run = other_scores(), start(cfg, task, student)
+    plain_before = plain()
     with run.autocast():
         run.before = train.preflight(run)
     train.fit(run)
@@ -573,8 +579,8 @@ def real(job: dict, options: argparse.Namespace) -> dict:
     return {
         "kl_before": run.before["kl"],
         "kl_after": after["kl"],
-        "perplexity_before": run.before["perplexity"],
-        "perplexity_after": after["perplexity"],
+        "perplexity_before": plain_before,
+        "perplexity_after": plain(),
         "drift_new": after["drift_new"],
         "seconds": sum(row["seconds"] for row in run.log),
         "teacher": run.before["teacher"]["score"],

@@ -2,29 +2,30 @@
 
     python notebooks/homework.py make FOLDER [--solved q1 q2]          the student's copy
     python notebooks/homework.py grade SUBMISSION [--results FILE]     a table, and a JSON in Gradescope's results format
+    python notebooks/homework.py class FOLDER [--results FOLDER]       every folder and zip in there, and grades.csv
+    python notebooks/homework.py zip FILE                              an autograder for Gradescope, with a Dockerfile
 
-What the student is to write is listed in `ASKED`: the functions of each question, by name, with a hint. It is a function's body
-less its docstring, or the end of the body, from a given statement on. `make` puts `raise NotImplementedError("q3: ...")` there,
-and checks that no removed line of 24 or more characters is left anywhere in the copy.
+What the student is to write is listed in `ASKED`: the functions of each question, by name, with a hint. `make` puts `raise
+NotImplementedError("q3: ...")` there, and checks that no removed line of 24 or more characters is left anywhere in the copy.
 
-`grade` builds a project for each question: everything is the instructor's, but for the functions that this question asks
-for. Those, and whatever top-level names the student added to that file, come from the submission. It is tested in a
-process of its own, with a time limit, fresh numbers, and results that leave it by a file whose name the submitted code is not told.
-
-Grading RUNS THE STUDENTS' CODE, with your rights. What is here guards against accidents and easy tricks, not against malice:
-do it in a container without network, that holds nothing else. See homework.md.
+`grade` takes the functions that a question asks for, and whatever top-level names the student added to that file, into the
+instructor's file without answers. That runs in a process with nothing in reach, which maps inputs to outputs (`Student`,
+grader/worker.py); whether an output is right is judged here (grader/judge.py). Files that are handed in are data: what they say
+is trained again by measure.py, on the instructor's code. See homework.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import csv
+import inspect
 import json
+import math
 import os
 import random
 import re
-import resource
-import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -32,25 +33,44 @@ import sys
 import tempfile
 import textwrap
 import time
+import zipfile
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-HANDOUT, SOLUTIONS = Path(__file__).with_name("homework.md"), Path(__file__).with_name("solutions")
+HERE = Path(__file__).resolve().parent
+ROOT, GRADER = HERE.parent, HERE / "grader"
+sys.path[:0] = [str(ROOT), str(HERE), str(GRADER)]
+import base
+import fifth
+import judge
+import measure
+import worker
+
+HANDOUT, SOLUTIONS = HERE / "homework.md", HERE / "solutions"
 CODE = ("model.py", "cosd.py", "contexts.py", "train.py")
+CODED = ("q1", "q2", "q3", "q4", "q5")
 SHIPPED = (
     *CODE,
     "pyproject.toml",
     "LICENSE",
     ".gitignore",
+    "notebooks/base.py",
     "notebooks/homework.md",
+    "notebooks/measure.py",
     "notebooks/report.py",
     "tests/conftest.py",
     "tests/test_questions.py",
-    "tests/test_model.py",
-    "tests/test_contexts.py",
 )
+KEPT = ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment
+IMPORTS = set(
+    """__future__ abc bisect cmath collections contextlib copy dataclasses decimal enum fractions functools heapq
+    inspect itertools json logging math numbers operator os pathlib random re statistics string struct sys textwrap time
+    traceback types typing typing_extensions unicodedata unittest uuid warnings weakref
+    torch numpy einops opt_einsum tiktoken transformers safetensors tqdm""".split()
+)  # what a submission may import: it is done before its code runs
 
 
 @dataclass(frozen=True)
@@ -58,35 +78,36 @@ class Question:
     about: str
     points: int  # given by the tests
     files: tuple[str, ...]  # what the submission is asked for
-    seconds: int  # time limit, with a wide margin
+    seconds: int  # time limit of a case, of training where there is none; with a wide margin
     by_hand: int = 0  # points that a person gives
 
 
 QUESTIONS = {
-    "q1": Question("divergences from logits", 15, ("cosd.py",), 60, by_hand=5),
-    "q2": Question("the shift and the weights", 10, ("cosd.py",), 60),
-    "q3": Question("rollouts with a KV cache", 15, ("model.py",), 60),
-    "q4": Question("what the teacher sees", 10, ("contexts.py",), 60),
-    "q5": Question("the step", 15, ("cosd.py",), 60),
-    "q6": Question("a verb learned, nothing forgotten", 15, ("q6.json",), 600),
-    "q7": Question("an ablation", 5, ("q7.json", "q7.png", "q7.md"), 60, by_hand=10),
-    "q8": Question("bonus: a fifth context", 10, ("q8.py",), 60),
+    "q1": Question("divergences from logits", 15, ("cosd.py",), 10, by_hand=5),
+    "q2": Question("the shift and the weights", 10, ("cosd.py",), 10),
+    "q3": Question("rollouts with a KV cache", 15, ("model.py",), 20),
+    "q4": Question("what the teacher sees", 10, ("contexts.py",), 10),
+    "q5": Question("the loss", 15, ("cosd.py",), 10),
+    "q6": Question("a verb learned, nothing forgotten", 15, ("q6.json",), 900),
+    "q7": Question("an ablation", 5, ("q7.json", "q7.png", "q7.md"), 600, by_hand=10),
+    "q8": Question("bonus: a fifth context", 10, ("q8.py",), 600),
 }
 WRITTEN = {"q1": "q1.md", "q7": "q7.md"}  # read by a person
-LONGEST_OUTPUT = 2000  # characters of a student's output that are shown
-LARGEST_FILE = 64 * 2**20  # bytes that a submission may write into one file
+LARGEST = 64 * 2**20  # bytes of a zip's files, unpacked
 
 
 # ============================================================================================ the student's copy
 @dataclass(frozen=True)
 class Asked:
-    """What a question asks for: a function's body from its first statement on, or from the one that starts with `begins`."""
+    """What a question asks for: a function's body from its first statement on, or from the one that starts with `begins`, to its
+    end, or to the statement before the one that starts with `ends`."""
 
     question: str
     file: str
     function: str  # "GPT.generate"
     hint: str
     begins: str = ""
+    ends: str = ""
 
 
 ASKED = (
@@ -125,9 +146,17 @@ ASKED = (
     Asked(
         "q3",
         "model.py",
+        "KVCache.advance",
+        "the slots of these tokens; then self.bias: 0 where a query may see a slot, −∞ where it may not",
+        "slots, S =",
+    ),
+    Asked(
+        "q3",
+        "model.py",
         "KVCache.attend",
-        "k and v go into self.keys and self.values of this layer; which slots may a query see?",
-        "if k.shape[2]",
+        "keep k and v in self.keys and self.values of this layer: the first call's with room behind, later ones in their slots",
+        "if self.filling",
+        "if self.bias",
     ),
     Asked(
         "q3",
@@ -164,8 +193,7 @@ ASKED = (
         "h_s =",
     ),
 )
-# Lines that a given function has too: they may stay.
-SHOWN = {"return attend(q, keys, values, attn_mask=visible[:, None])"}
+SHOWN: set[str] = set()  # lines that a given function has too: they may stay
 
 
 @dataclass(frozen=True)
@@ -185,16 +213,25 @@ def blanks(name: str, source: str) -> list[Blank]:
     for asked in ASKED:
         if asked.file != name:
             continue
+        if asked.function not in defs:
+            raise LookupError(f"{name} has no function {asked.function} any more: see ASKED")
         body = defs[asked.function].body
         if ast.get_docstring(defs[asked.function]) is not None:
             body = body[1:]
         texts = [ast.get_source_segment(source, statement) for statement in body]
-        starts = [i for i, text in enumerate(texts) if text.startswith(asked.begins)]
-        if not starts:
-            raise LookupError(f"{asked.function} has no statement {asked.begins!r}: see ASKED")
-        first = body[starts[0]]
-        found.append(Blank(asked, first.lineno, body[-1].end_lineno, " " * first.col_offset))
+        first = statement_of(asked, texts, asked.begins)
+        last = statement_of(asked, texts, asked.ends) - 1 if asked.ends else len(body) - 1
+        indent = " " * body[first].col_offset
+        found.append(Blank(asked, body[first].lineno, body[last].end_lineno, indent))
     return sorted(found, key=lambda blank: blank.first)
+
+
+def statement_of(asked: Asked, texts: list[str], begins: str) -> int:
+    """Where in a body the statement is that starts so."""
+    for i, text in enumerate(texts):
+        if text.startswith(begins):
+            return i
+    raise LookupError(f"{asked.function} has no statement {begins!r} any more: see ASKED")
 
 
 def functions(tree: ast.Module) -> dict[str, ast.AST]:
@@ -267,13 +304,31 @@ def strings(value) -> list[str]:
     return [value] if isinstance(value, str) else [text for v in inner for text in strings(v)]
 
 
-def make(folder: Path, solved: tuple[str, ...] = ()) -> None:
+DERIVED = (
+    r"(?ms)^    Gradient .*?(?=^    \S+ {2,}|\n\n|\"\"\")"  # an entry of a docstring, to the next
+)
+
+
+def underived(source: str) -> str:
+    """Without the gradients' formulas in the docstrings of question 1: to derive them is asked for in q1.md."""
+    defs, edits = functions(ast.parse(source)), []
+    lines = source.splitlines(keepends=True)
+    for asked in ASKED:
+        if asked.question == "q1":
+            first = defs[asked.function].body[0]
+            edits.append((first.lineno - 1, first.end_lineno))
+    for first, last in sorted(edits, reverse=True):
+        text = "".join(lines[first:last])
+        note = "    Gradient   to the student only; you derive it in q1.md.\n"
+        lines[first:last] = [re.sub(DERIVED, note, text)]
+    return "".join(lines)
+
+
+def make(folder: Path, solved: tuple[str, ...] = (), bases: Path = ROOT / "out") -> None:
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"homework.py: {folder} is not empty: name a new folder")
     files, removed = {name: (ROOT / name).read_text() for name in SHIPPED}, []
-    handout = files[
-        "notebooks/homework.md"
-    ]  # its first part is the README, its last for instructors
+    handout = files["notebooks/homework.md"]  # README; questions; for instructors
     files["README.md"], files["notebooks/homework.md"] = re.search(
         r"<!-- README -->\n(.*?)<!-- questions -->\n(.*?)<!-- instructors -->", handout, re.S
     ).groups()
@@ -281,17 +336,39 @@ def make(folder: Path, solved: tuple[str, ...] = ()) -> None:
         if name in CODE:
             text, gone = blank_out(name, text, solved)
             removed += gone
+        if name == "cosd.py" and "q1" not in solved:
+            text = underived(text)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text.strip() + "\n")
     if left := survivors(folder, removed):
         shutil.rmtree(folder)
         raise SystemExit("homework.py: the copy would give solutions away:\n" + "\n".join(left))
     print(f"{folder}: {len(files)} files, {len(removed)} lines to write")
+    try:
+        base.pack(bases, folder / "base.safetensors")
+    except base.Missing as missing:
+        print(f"{missing}: the copy comes without, and every student has to make one (14 minutes)")
 
 
-# ===================================================================================== one question, one project
+# ===================================================================================== a submission, one file merged
 class Refused(Exception):
     """Why a question gets no points: one readable line."""
+
+
+def find(submission: Path) -> Path:
+    """The folder that holds the files: `submission` itself, or the one below it with the most of them (a zip's own folder)."""
+    wanted = {name for q, asked in QUESTIONS.items() for name in (*asked.files, WRITTEN.get(q))}
+
+    def held(folder):
+        return sum((folder / name).is_file() for name in wanted if name)
+
+    folders = [submission]
+    for path in sorted(submission.rglob("*")):
+        below = path.relative_to(submission).parts
+        plain = not any(part.startswith((".", "__")) for part in below)
+        if path.is_dir() and not path.is_symlink() and plain and len(below) <= 3:
+            folders.append(path)
+    return max(folders, key=lambda folder: (held(folder), -len(folder.parts)))
 
 
 def handed_in(submission: Path, name: str, question: str) -> bytes:
@@ -335,9 +412,11 @@ def merge(reference: str, submitted: str, theirs: ast.Module, wanted: list[str],
         )
 
     mine, yours = functions(ours), functions(theirs)
+    if not yours.keys() & set(wanted):
+        raise Refused(f"{name} has no function {wanted[0]}")
     for function in wanted:
-        if function not in yours:
-            raise Refused(f"{name} has no function {function}")
+        if function not in yours:  # stays open
+            continue
         edits.append(
             (
                 start(mine[function]) - 1,
@@ -404,66 +483,178 @@ def asked_for(question: str, name: str) -> list[str]:
     return [a.function for a in ASKED if (a.question, a.file) == (question, name)]
 
 
-def build(submission: Path, question: str, folder: Path) -> None:
-    """The instructor's project with this question's part of the submission. Raises `Refused`."""
-    files = {
-        name: (ROOT / name).read_bytes()
-        for name in (*CODE, "pyproject.toml", "tests/conftest.py", "tests/test_questions.py")
-    }
-    for name in QUESTIONS[question].files:
-        data = handed_in(submission, name, question)
-        if name in CODE:
-            reference = files[name].decode()
-            wanted = asked_for(question, name)
-            data = merge(reference, *parse(name, data), wanted, name).encode()
-        files[name] = data
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+def merged(submission: Path, question: str) -> tuple[str, list[str]]:
+    """-> (the file of this question: theirs where it is asked for, else the instructor's without answers, what it imports)."""
+    (name,) = QUESTIONS[question].files
+    text, tree = parse(name, handed_in(submission, name, question))
+    if name in CODE:
+        text = merge(given(name), text, tree, asked_for(question, name), name)
+    return text, imports(parse(name, text.encode())[1])
 
 
-# ================================================================================================ running tests
-class Points:
-    """A pytest plugin: each test function of a question has points, shared evenly by its cases."""
+@lru_cache(maxsize=8)
+def given(name: str) -> str:
+    """The instructor's file without any answer."""
+    return blank_out(name, (ROOT / name).read_text())[0]
 
-    def __init__(self, question: str):
-        self.question, self.tests, self.broken = question, {}, None
 
-    def pytest_collection_modifyitems(self, items):
-        for item in items:
-            if mark := item.get_closest_marker(self.question):
-                self.tests.setdefault(
-                    item.originalname, {"points": mark.kwargs["points"], "cases": {}, "reason": ""}
-                )["cases"][item.name] = False
+def imports(tree: ast.Module) -> list[str]:
+    """The modules that a file imports anywhere, of those that it may."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [n for n in names if n.partition(".")[0] in IMPORTS and "__" not in n]
 
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.broken = shorten(
-                str(report.longrepr).strip().splitlines()[-1].removeprefix("E").strip()
-            )
 
-    def pytest_runtest_logreport(self, report):
-        case = report.nodeid.rpartition("::")[2]
-        test = self.tests[case.partition("[")[0]]
-        if report.when == "call":
-            test["cases"][case] = report.passed
-        if not report.passed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            test["reason"] = test["reason"] or shorten(
-                crash.message if crash else str(report.longrepr)
-            )
+# ================================================================================================ the student's process
+BOOT = "import sys; n = int(sys.stdin.buffer.readline()); exec(sys.stdin.buffer.read(n))"
+CACHE = {"model.KVCache.advance": "plain_advance", "model.KVCache.attend": "plain_attend"}
+STANDINS = {  # for what another question asks; the last: names of the submitted module that it replaces
+    "q1": ("", {}, {}),
+    "q2": ("plain_advance plain_attend", CACHE, {}),
+    "q3": ("", {}, {}),
+    "q4": ("", {}, {}),
+    "q5": (
+        "plain_advance plain_attend standin_states plain_log_softmax_pair",
+        CACHE,
+        {
+            "completion_states": "standin_states",
+            "shared_states": "standin_states",
+            "log_softmax_pair": "plain_log_softmax_pair",
+        },
+    ),
+    "q8": ("", {}, {}),
+}
+BESIDE = {"q1": ("model.py",), "q2": ("model.py",), "q5": ("model.py",), "q8": ("contexts.py",)}
 
-    def result(self, status: int) -> dict:
-        tests = [
-            dict(
-                name=name,
-                points=test["points"],
-                reason=test["reason"],
-                score=round(test["points"] * sum(test["cases"].values()) / len(test["cases"]), 2),
-            )
-            for name, test in self.tests.items()
-        ]
-        return {"tests": tests, "broken": self.broken, "status": int(status)}
+
+NEEDED: dict[
+    bool, list[str]
+] = {}  # what PyTorch imports at first use, found out by the first process
+
+
+class Student:
+    """A process in which one question's part of one submission maps inputs to outputs; see grader/worker.py."""
+
+    def __init__(self, question: str, seconds: float, megabytes: int = 1024):
+        self.question, self.seconds, self.megabytes = question, seconds, megabytes
+        self.empty, self.process, self.loaded = tempfile.mkdtemp(), None, None
+        self.uid = 60_000 + os.getpid() % 5_000 if os.geteuid() == 0 else None
+        os.chmod(self.empty, 0o755)
+
+    def __enter__(self):
+        self.start()
+        standins, self.standins = self.standins, {}
+        self.load("", [])
+        found = self.ask("sealed", {})
+        if "error" in found and self.uid is not None:  # a root that may not chroot
+            self.uid = None
+            found = self.ask("sealed", {})
+        if found != {"out": {"opened": []}}:
+            raise RuntimeError(f"submitted code could not be locked in here: {found}")
+        self.standins = standins
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+        shutil.rmtree(self.empty, ignore_errors=True)
+
+    def start(self) -> None:
+        self.stop()
+        source = (GRADER / "worker.py").read_bytes()
+        environment = {key: os.environ[key] for key in KEPT if key in os.environ}
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-c", BOOT],
+            cwd=self.empty,
+            env=environment | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HOME": self.empty},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.process.stdin.write(b"%d\n" % len(source) + source)
+        functions, patches, self.standins = STANDINS[self.question]
+        header = "import torch\nimport torch.nn.functional as F\n"
+        texts = [inspect.getsource(getattr(judge, name)) for name in functions.split()]
+        if "standin_states" in functions:
+            header += "from model import KVCache\n"
+        order = {
+            "empty": self.empty,
+            "meta": self.question == "q5",
+            "needed": NEEDED.get(self.question == "q5"),
+            "given": {Path(n).stem: given(n) for n in BESIDE.get(self.question, ())},
+            "standins": header + "\n".join(texts),
+            "standin_names": functions.split(),
+            "patches": patches,
+        }
+        self.send(order)
+        NEEDED[self.question == "q5"] = self.receive(300)["needed"]
+        if self.loaded:
+            self.load(*self.loaded)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
+
+    def send(self, value) -> None:
+        data = json.dumps(worker.plain(value)).encode()
+        self.process.stdin.write(b"%d\n" % len(data) + data)
+        self.process.stdin.flush()
+
+    def receive(self, seconds: float):
+        """The next answer. A process that is silent for too long, or has gone, is replaced."""
+        pipe, data, until = self.process.stdout.fileno(), b"", time.monotonic() + seconds
+        while True:
+            head, newline, body = data.partition(b"\n")
+            if newline and len(body) >= int(head):
+                return json.loads(body)
+            ready, _, _ = select.select([pipe], [], [], max(0, until - time.monotonic()))
+            part = os.read(pipe, 2**20) if ready else b""
+            if not part:
+                raise EOFError
+            data += part
+
+    def load(self, source: str, names: list[str]) -> None:
+        self.loaded = source, names
+        self.send({"submission": source, "imports": names})
+        found = self.receive(60)
+        if not found["ready"]:
+            raise Refused(found["error"])
+
+    def answers(self, cases: list) -> list[dict]:
+        """A {"out": ...} or {"error": why there is no output} for each. Whatever the submission does, this returns."""
+        module = Path(QUESTIONS[self.question].files[0]).stem
+        inputs = [dict(operation=case.operation, given=case.given) for case in cases]
+        order = dict(cases=inputs, module=module, standins=self.standins)
+        limits = dict(uid=self.uid, seconds=self.seconds, megabytes=self.megabytes)
+        try:
+            self.send(order | limits)
+            texts = self.receive((self.seconds + 5) * len(cases) + 30)
+        except (EOFError, BrokenPipeError):  # by a signal: it ran as the same user
+            self.start()
+            if len(cases) > 1:
+                return [self.answers([case])[0] for case in cases]
+            texts = ['{"error": "it ended the process that it ran in"}']
+        return [as_answer(text) for text in texts]
+
+    def ask(self, operation: str, inputs: dict) -> dict:
+        return self.answers([judge.Case(operation, inputs, None)])[0]
+
+
+def as_answer(text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {"error": "it gave no readable output"}
 
 
 def shorten(text: str, length: int = 300) -> str:
@@ -472,161 +663,236 @@ def shorten(text: str, length: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)[:length]
 
 
-def run() -> None:
-    """In a process of its own. What to test comes by stdin, before any of the student's code is imported."""
-    order = json.loads(sys.stdin.read())
-    import pytest
+def verdict(case, answer: dict) -> str:
+    """Why an answer is wrong; empty if it is right."""
+    if "out" not in answer:
+        return shorten(str(answer.get("error", "no output")))
+    try:
+        case.judge(answer["out"])
+    except judge.Wrong as reason:
+        return shorten(str(reason))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        return shorten(f"the output is not what is asked for: {type(error).__name__}: {error}")
+    return ""
 
-    sys.argv[1:], sys.path[:] = (
-        [],
-        [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent],
-    )
-    to_json, to_file = json.dumps, open
-    for job in order["jobs"]:
-        folder, points = job["folder"], Points(job["question"])
-        os.environ["COSD_SEED"] = str(job["seed"])
-        os.chdir(folder)
-        status = pytest.main(
-            [
-                "-q",
-                "-c",
-                f"{folder}/pyproject.toml",
-                "--rootdir",
-                folder,
-                "-p",
-                "no:cacheprovider",
-                "-p",
-                "no:unraisableexception",
-                "--tb=short",
-                "-m",
-                job["question"],
-                f"--maxfail={job.get('maxfail', 0)}",
-                f"--assert={job.get('assert', 'rewrite')}",
-                f"{folder}/tests/test_questions.py",
-            ],
-            plugins=[points],
+
+def judge_code(student: Student, parts: list, seed: int) -> list[dict]:
+    """`parts` as of judge.cases_of -> name, points, score, reasons of each. The order of the cases says nothing."""
+    reasons = {}
+    for part, cases in random.Random(seed).sample(parts, len(parts)):
+        cases = random.Random(seed).sample(cases, len(cases))
+        found = [verdict(case, answer) for case, answer in zip(cases, student.answers(cases))]
+        reasons[part.name] = [reason for reason in found if reason]
+    return [scored(part, len(cases), reasons[part.name]) for part, cases in parts]
+
+
+def scored(part, count: int, reasons: list[str]) -> dict:
+    score = round(part.points * (count - len(reasons)) / count, 2)
+    return dict(name=part.name, points=part.points, score=score, reasons=reasons)
+
+
+# ========================================================================================== q6 to q8: what is handed in
+def measured(arguments: list[str], bases: Path, seconds: float) -> dict:
+    """What measure.py says, in a process of its own. None of the student's code is in it."""
+    if base.FILE.exists():
+        base.unpack(bases)
+    command = [sys.executable, str(HERE / "measure.py"), *arguments, "--json", "--out", str(bases)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=environment
         )
-        with to_file(order["results"], "a") as file:
-            file.write(order["token"] + to_json(points.result(status)) + "\n")
-        for name in [
-            n
-            for n in sys.modules
-            if n in ("model", "cosd", "contexts", "train", "conftest", "test_questions", "q8")
-        ]:
-            del sys.modules[name]
+    except subprocess.TimeoutExpired:
+        raise Refused(f"training took longer than {seconds:g} seconds") from None
+    if done.returncode:
+        raise Refused(shorten(done.stderr.strip().splitlines()[-1] if done.stderr else "no result"))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_jobs(jobs: list[dict], seconds: float, scratch: Path) -> tuple[list[dict], str, str]:
-    """Test the projects one after the other in one process -> (a result for each that was finished, how it ended, its output).
+def one(name: str, points: int, score: float, reason: str = "") -> dict:
+    return dict(name=name, points=points, score=score, reasons=[reason] if reason else [])
 
-    The grader gives one job at a time. `scratch` is the process's own; its results lie beside, in a folder without a telling name.
-    """
-    token, closed = secrets.token_hex(16), Path(tempfile.mkdtemp())
-    threads = (
-        os.environ.get("OMP_NUM_THREADS", "2") if jobs[0]["question"] == "q6" else "1"
-    )  # tiny models: one is fastest
-    order = {"jobs": jobs, "token": token, "results": str(closed / "results")}
-    environment = {
-        key: os.environ[key]
-        for key in ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")
-        if key in os.environ
-    }
-    environment |= {
-        "HOME": str(scratch),
-        "TMPDIR": str(scratch),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": threads,
-        "PYTHONUTF8": "1",
-        "MPLCONFIGDIR": str(scratch),
-    }
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
+def read_json(submission: Path, name: str, question: str):
+    try:
+        return json.loads(handed_in(submission, name, question))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{name} is not JSON: {error}") from None
 
-    with open(closed / "output", "w+b") as output, open(closed / "order", "w+") as stdin:
-        stdin.write(json.dumps(order))
-        stdin.seek(0)
-        (closed / "order").unlink()
-        process = subprocess.Popen(
-            [sys.executable, __file__, "run"],
-            cwd=scratch,
-            env=environment,
-            stdin=stdin,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=limit,
-        )
+
+def judge_q6(submission: Path, seed: int, seconds: float, bases: Path) -> list[dict]:
+    """Learned under the budget first; among those who have, the less is forgotten the better."""
+    text = json.dumps(read_json(submission, "q6.json", "q6"))
+    try:
+        measure.read_settings(text)
+    except (ValueError, TypeError) as error:
+        raise Refused(f"q6.json: {error}") from None
+    valid = one("settings_are_valid", 1, 1)
+    try:
+        seeds = ["--seeds", "3", "--first", str(1 + seed % 997)]
+        found = measured([text, *seeds], bases, seconds)
+    except Refused as reason:
+        failed = "learned_within_the_budget", 6, 0, str(reason)
+        return [valid, one(*failed), one("forgets_little", 8, 0, "nothing was learned")]
+    said = ", ".join(f"{name} {found[name]:.3f}" for name in measure.MEASURED)
+    enough = found["exact"] >= measure.LEARNED and found["tokens"] <= measure.BUDGET
+    forgot = round(max(0.0, -found["prior"], -found["steerability"]), 4)
+    score = next((points for most, points in measure.FORGETTING if forgot <= most), 0)
+    score = score if enough else 0
+    why = "" if score == 8 else f"{forgot:.3f} forgotten: {said}"
+    little = one("forgets_little", 8, score, why)
+    if enough:  # the class is ranked by it
+        little["forgotten"] = forgot
+    return [valid, one("learned_within_the_budget", 6, 6 * enough, "" if enough else said), little]
+
+
+ROW = {"divergence", "teacher", "anchors", "score", "prior", "drift"}
+
+
+def judge_q7(submission: Path, seed: int, seconds: float, bases: Path) -> list[dict]:
+    """Eight runs over three factors, of which one is run again; a plot and a page, which a person reads."""
+    parts = []
+    for name, points, check in (
+        ("eight_runs_over_three_factors", 1, lambda: seven_rows(submission)),
+        ("a_row_run_again", 3, lambda: run_again(submission, seed, seconds, bases)),
+        ("a_plot_and_half_a_page", 1, lambda: plot_and_page(submission)),
+    ):
         try:
-            code = process.wait(seconds)
-            ended = (
-                f"it ended by itself (exit code {code}) before its tests had"
-                if code >= 0
-                else f"it was killed by signal {-code}"
-            )
-        except subprocess.TimeoutExpired:
-            ended = f"it took longer than {seconds:g} seconds"
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # whatever it has started goes with it
-        except ProcessLookupError:
-            pass
-        process.wait()
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - LONGEST_OUTPUT))
-        said = output.read().decode("utf-8", "replace")
-    lines = (
-        (closed / "results").read_text(errors="replace").splitlines()
-        if (closed / "results").exists()
-        else []
-    )
-    shutil.rmtree(closed)
-    return [json.loads(line[len(token) :]) for line in lines if line.startswith(token)], ended, said
+            check()
+            parts.append(one(name, points, points))
+        except (Refused, ValueError, TypeError, KeyError) as reason:
+            parts.append(one(name, points, 0, shorten(f"{reason}")))
+    return parts
 
 
-# ====================================================================================================== grading
+def seven_rows(submission: Path) -> dict:
+    """q7.json, if it is eight runs or more that differ as they should."""
+    found = read_json(submission, "q7.json", "q7")
+    if not isinstance(found, dict) or not {"settings", "runs"} <= found.keys():
+        raise Refused('q7.json is {"settings": {...}, "runs": [...]}')
+    runs = found["runs"]
+    for run in runs:
+        if not isinstance(run, dict) or not ROW <= run.keys():
+            raise Refused(f"each of the runs has {', '.join(sorted(ROW))}")
+        numbers = [run[name] for name in ("anchors", "score", "prior", "drift")]
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+            raise Refused(f"anchors, score, prior and drift are numbers: {run}")
+        if not (0 <= run["score"] <= 1 and -1 <= run["prior"] <= 1 and run["drift"] >= 0):
+            raise Refused(f"a score is from 0 to 1, prior from -1 to 1, drift not below 0: {run}")
+        again_settings(found, run)
+    different = {(run["divergence"], run["teacher"], run["anchors"]) for run in runs}
+    varied = [len({row[i] for row in different}) > 1 for i in range(3)]
+    if len(different) < 8 or not all(varied):
+        raise Refused(f"eight different settings or more, not {len(different)}; each factor varies")
+    return found
+
+
+def again_settings(found: dict, run: dict) -> str:
+    chosen = {name: run[name] for name in ("divergence", "teacher", "anchors")}
+    text = json.dumps(found["settings"] | chosen)
+    measure.read_settings(text, ("anchors",))
+    return text
+
+
+def run_again(submission: Path, seed: int, seconds: float, bases: Path) -> None:
+    found = seven_rows(submission)
+    run = random.Random(seed).choice(found["runs"])
+    again = measured([again_settings(found, run), "--as-trained"], bases, seconds)
+    off = [
+        abs(run["score"] - again["exact"]) > 0.1,
+        abs(run["prior"] - again["prior"]) > 0.1,
+        abs(math.log((run["drift"] + 0.003) / (again["drift"] + 0.003))) > math.log(2.5),
+    ]
+    if any(off):
+        said = ", ".join(f"{k} {again[k]:.3f}" for k in ("exact", "prior", "drift"))
+        raise Refused(f"run again, {run} gives {said}")
+
+
+def plot_and_page(submission: Path) -> None:
+    picture(handed_in(submission, "q7.png", "q7"))
+    words = re.findall(r"\w+", handed_in(submission, "q7.md", "q7").decode("utf-8", "replace"))
+    different = {word.lower() for word in words}
+    if not 150 <= len(words) <= 700 or len(different) < 70:
+        raise Refused(f"q7.md has {len(words)} words, {len(different)} of them different")
+
+
+def picture(data: bytes) -> None:
+    """A PNG that can be unpacked, of 300 pixels or more each way, and not of one colour."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise Refused("q7.png is no PNG")
+    place, packed, header = 8, b"", None
+    while place + 12 <= len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        body = data[place + 8 : place + 8 + size]
+        check = int.from_bytes(data[place + 8 + size : place + 12 + size], "big")
+        if zlib.crc32(kind + body) != check:
+            raise Refused("q7.png is damaged")
+        header = body if kind == b"IHDR" else header
+        packed += body if kind == b"IDAT" else b""
+        place += 12 + size
+    if header is None or len(header) != 13:
+        raise Refused("q7.png is damaged")
+    width, height = (int.from_bytes(header[i : i + 4], "big") for i in (0, 4))
+    if not (300 <= width <= 10_000 and 300 <= height <= 10_000):
+        raise Refused(f"q7.png is {width} by {height} pixels: 300 or more each way")
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(header[9], 1)
+    row = 1 + (width * channels * header[8] + 7) // 8
+    try:
+        pixels = zlib.decompressobj().decompress(packed, row * height + 1)
+    except zlib.error:
+        raise Refused("q7.png is damaged") from None
+    rows = {pixels[i : i + row] for i in range(0, len(pixels), row)}
+    if header[12] == 0 and (len(pixels) != row * height or len(rows) < 20):
+        raise Refused("q7.png shows next to nothing")
+
+
+def judge_q8(submission: Path, seed: int, seconds: float, bases: Path) -> list[dict]:
+    """What makes a context: it is not in x, y depends on it, the teacher who sees it knows more, and the student can learn it."""
+    source, names = merged(submission, "q8")
+    with Student("q8", seconds / 30) as student:
+        student.load(source, names)
+        drawn = fifth.draw_all(student.ask, seed)
+    parts, sound = fifth.judge_form(drawn)
+    if not sound:
+        failed = "the draws are not in order"
+        return [*parts, *(one(name, points, 0, failed) for name, points in fifth.TRAINED)]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "draws.json").write_text(json.dumps(drawn))
+        found = measured(["--fifth", f"{folder}/draws.json"], bases, seconds)
+    return parts + fifth.judge_training(found)
+
+
+# ============================================================================================================= grading
 def grade_question(
-    submission: Path, question: str, seed: int, seconds: float, base: Path | None = None
+    submission: Path, question: str, seed: int, patience: float, bases: Path
 ) -> dict:
     """-> one entry of Gradescope's "tests". Whatever the submission does, this returns."""
     asked, began = QUESTIONS[question], time.perf_counter()
-    score, lines, folder = 0.0, [], Path(tempfile.mkdtemp())
+    seconds, lines, score, ranked = asked.seconds * patience, [], 0.0, {}
     try:
-        build(submission, question, folder)
-        if base:
-            shutil.copytree(base, folder / "out" / base.name)
-        results, ended, said = run_jobs(
-            [dict(folder=str(folder), question=question, seed=seed)], seconds, folder
-        )
-        if not results:
-            raise Refused(f"{ended}; no points for {question}. The end of what it printed:\n{said}")
-        (result,) = results
-        if result["broken"] or result["status"] not in (0, 1):
-            raise Refused(
-                result["broken"]
-                or f"pytest was interrupted (status {result['status']}); the end of what was printed:\n{said}"
-            )
-        for test in result["tests"]:
-            score = round(score + test["score"], 2)
-            lines.append(
-                f"{test['score']:g}/{test['points']} {test['name']}"
-                + (f": {test['reason']}" if test["reason"] else "")
-            )
+        if question in CODED:
+            source, names = merged(submission, question)
+            with Student(question, seconds) as student:
+                student.load(source, names)
+                parts = judge_code(student, judge.cases_of(question, seed), seed)
+        else:
+            judges = {"q6": judge_q6, "q7": judge_q7, "q8": judge_q8}
+            parts = judges[question](submission, seed, seconds, bases)
+        for part in parts:
+            score = round(score + part["score"], 2)
+            lines.append(f"{part['score']:g}/{part['points']} {part['name']}")
+            lines += [f"    {reason}" for reason in dict.fromkeys(part["reasons"][:3])]
+            ranked |= {"forgotten": part["forgotten"]} if "forgotten" in part else {}
     except Refused as reason:
         score, lines = 0.0, [str(reason)]
     except Exception as error:  # a submission may be anything; the others are still to be graded
-        score, lines = (
-            0.0,
-            [
-                f"the grader cannot make anything of this: {type(error).__name__}: {shorten(str(error))}"
-            ],
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        said = f"{type(error).__name__}: {shorten(str(error))}"
+        score, lines = 0.0, [f"the grader cannot make anything of this: {said}"]
     if asked.by_hand:
+        missing = "" if (submission / WRITTEN[question]).is_file() else " It is missing."
         lines.append(
-            f"A person reads {WRITTEN[question]}: up to {asked.by_hand} more points, not counted here."
-            + ("" if (submission / WRITTEN[question]).is_file() else " It is missing.")
+            f"A person reads {WRITTEN[question]}: up to {asked.by_hand} more points, "
+            f"not counted here.{missing}"
         )
     return {
         "name": f"{question}: {asked.about}",
@@ -635,76 +901,143 @@ def grade_question(
         "max_score": asked.points,
         "status": "passed" if score == asked.points else "failed",
         "output": "\n".join(lines),
-        "extra_data": {"seconds": round(time.perf_counter() - began, 1)},
+        "extra_data": {"seconds": round(time.perf_counter() - began, 1)} | ranked,
     }
 
 
 def grade(
-    submission: Path, seconds: dict[str, float], seed: int | None = None, bases: Path = ROOT / "out"
+    submission: Path,
+    questions: list[str],
+    seed: int | None = None,
+    patience: float = 1.0,
+    bases: Path = ROOT / "out",
 ) -> dict:
-    """The questions in `seconds`, each with its time limit -> Gradescope's results: https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
-    seed, questions, tests = (
-        random.SystemRandom().randrange(1, 10**6) if seed is None else seed,
-        list(seconds),
-        [],
-    )
-    for question in questions:
-        base = (
-            pretrained(bases) if question == "q6" and (submission / "q6.json").is_file() else None
-        )
-        tests.append(grade_question(submission, question, seed, seconds[question], base))
+    """-> Gradescope's results: https://gradescope-autograders.readthedocs.io/en/latest/specs/"""
+    seed = random.SystemRandom().randrange(1, 10**6) if seed is None else seed
+    folder = find(submission)
+    tests = [grade_question(folder, q, seed, patience, bases) for q in questions]
     by_hand = ", ".join(
         f"{WRITTEN[q]} ({QUESTIONS[q].by_hand})" for q in questions if QUESTIONS[q].by_hand
     )
+    said = f"Numbers drawn with seed {seed}."
+    if folder != submission:
+        said += f" Found in {folder.relative_to(submission)}/."
+    if os.geteuid():
+        said += " The code ran as the grader's user: it could open nothing, but see homework.md."
+    forgotten = [t["extra_data"]["forgotten"] for t in tests if "forgotten" in t["extra_data"]]
+    board = [{"name": "forgotten in q6", "value": v, "order": "asc"} for v in forgotten]
     return {
         "tests": tests,
-        "score": sum(test["score"] for test in tests),
+        "leaderboard": board,
+        "score": round(sum(test["score"] for test in tests), 2),
         "visibility": "visible",
         "stdout_visibility": "hidden",
-        "output": f"Numbers drawn with seed {seed}."
-        + (f" Read by a person, and not in this score: {by_hand}." if by_hand else ""),
+        "output": said + (f" Read by a person, not in this score: {by_hand}." if by_hand else ""),
     }
-
-
-def pretrained(bases: Path) -> Path:
-    """The base for q6, by the reference's code; made here once if `bases` does not hold it (five minutes)."""
-    sys.path.insert(0, str(ROOT))
-    import train
-
-    cfg = train.Config(device="cpu", out=str(bases))
-    return bases / train.get_base(cfg, str(bases))[1]
 
 
 def table(results: dict) -> str:
     rows = [["question", "points", "of", "by hand", "seconds", "what"]]
     for test in results["tests"]:
-        asked, what = QUESTIONS[f"q{test['number']}"], test["output"].splitlines()
-        lost = [line for line in what if not re.match(r"(\S+)/\1 |A person", line)]
-        rows.append(
-            [
-                test["name"],
-                f"{test['score']:g}",
-                f"{test['max_score']:g}",
-                f"{asked.by_hand or ''}",
-                f"{test['extra_data']['seconds']:g}",
-                shorten(lost[0], 100) if lost else "",
-            ]
-        )
-    rows.append(
-        [
-            "sum",
-            f"{results['score']:g}",
-            f"{sum(t['max_score'] for t in results['tests']):g}",
-            "",
-            "",
-            results["output"],
-        ]
-    )
+        asked, lines = QUESTIONS[f"q{test['number']}"], test["output"].splitlines()
+        lost = [line for line in lines if not re.match(r"(\S+)/\1 |A person|    ", line)]
+        why = [line.strip() for line in lines if line.startswith("    ")]
+        what = " ".join([*lost[:1], *why[:1]]) if lost else ""
+        numbers = test["score"], test["max_score"], asked.by_hand, test["extra_data"]["seconds"]
+        rows.append([test["name"], *(f"{n:g}" for n in numbers), shorten(what, 110)])
+    most = sum(test["max_score"] for test in results["tests"])
+    rows.append(["sum", f"{results['score']:g}", f"{most:g}", "", "", results["output"]])
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[5]]).rstrip()
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join([*cells, row[5]]).rstrip())
+    return "\n".join(lines)
+
+
+def unpacked(path: Path, to: Path) -> Path:
+    """A submission's folder; a zip is unpacked without leaving `to`."""
+    if path.is_dir():
+        return path
+    with zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > LARGEST:
+            raise Refused(f"{path.name} holds more than {LARGEST >> 20} MB")
+        archive.extractall(to)  # drops leading slashes and ".."
+    return to
+
+
+def grade_class(folder: Path, results: Path, questions: list[str], **how) -> None:
+    """Every folder or zip below `folder` -> a JSON each, and grades.csv. What has a JSON is not graded again."""
+    results.mkdir(parents=True, exist_ok=True)
+    found = [p for p in sorted(folder.iterdir()) if p.is_dir() or p.suffix == ".zip"]
+    if not found:
+        raise SystemExit(f"homework.py: {folder} has neither folders nor zips in it")
+    lines = [["who", *questions, "sum", "forgotten in q6"]]
+    for path in found:
+        kept = results / f"{path.stem}.json"
+        if not kept.exists():
+            with tempfile.TemporaryDirectory() as scratch:
+                try:
+                    graded = grade(unpacked(path, Path(scratch)), questions, **how)
+                except (Refused, zipfile.BadZipFile, OSError) as error:
+                    print(f"{path.name}: {error}")
+                    continue
+            unfinished = kept.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(graded, indent=1))
+            unfinished.replace(kept)
+        graded = json.loads(kept.read_text())
+        scores = [f"{test['score']:g}" for test in graded["tests"]]
+        ranked = [f"{entry['value']:g}" for entry in graded["leaderboard"]]
+        lines.append([path.stem, *scores, f"{graded['score']:g}", *ranked])
+        print("  ".join(lines[-1]), flush=True)
+        with open(results / "grades.csv", "w", newline="") as file:
+            csv.writer(file).writerows(lines)
+
+
+SETUP = """#!/usr/bin/env bash
+apt-get update && apt-get install -y python3 python3-pip
+pip3 install --break-system-packages {needs} || pip3 install {needs}
+chmod -R go-rwx /autograder/source
+"""
+RUN = """#!/usr/bin/env bash
+cd /autograder
+python3 source/notebooks/homework.py grade submission --results results/results.json --bases source/out
+"""
+DOCKERFILE = """FROM python:3.12-slim
+RUN pip install --no-cache-dir {needs}
+COPY . /project
+RUN chmod -R go-rwx /project
+ENTRYPOINT ["python", "/project/notebooks/homework.py"]
+"""
+
+
+def pack(path: Path, bases: Path) -> None:
+    """A zip for Gradescope, with the project, the base and a Dockerfile in it."""
+    texts = {"setup.sh": SETUP, "run_autograder": RUN, "Dockerfile": DOCKERFILE}
+    files = [ROOT / name for name in (*CODE, "pyproject.toml", "LICENSE")]
+    files += [*sorted(GRADER.glob("*.py")), HANDOUT]
+    files += [HERE / name for name in ("homework.py", "measure.py", "base.py")]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in texts.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = 0o755 << 16
+            archive.writestr(info, text.format(needs=dependencies()))
+        for file in files:
+            archive.write(file, str(file.relative_to(ROOT)))
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                base.pack(bases, Path(folder) / "base.safetensors")
+                archive.write(f"{folder}/base.safetensors", "base.safetensors")
+            except base.Missing as missing:
+                print(f"{missing}: the zip comes without, and q6 to q8 cannot be graded in time")
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MB")
+
+
+def dependencies() -> str:
+    """The project's, for pip."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^dependencies = \[(.*?)\]", text, re.M | re.S)
+    return " ".join(f"'{need}'" for need in re.findall(r'"([^"]+)"', listed))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -715,38 +1048,37 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     hand_out, mark = commands.add_parser("make"), commands.add_parser("grade")
-    commands.add_parser("run")
+    everyone, packed = commands.add_parser("class"), commands.add_parser("zip")
     hand_out.add_argument("folder", type=Path)
-    hand_out.add_argument(
-        "--solved",
-        nargs="*",
-        default=[],
-        choices=QUESTIONS,
-        help="leave the solutions of these questions in",
-    )
+    about = "leave the solutions of these questions in"
+    hand_out.add_argument("--solved", nargs="*", default=[], choices=QUESTIONS, help=about)
     mark.add_argument("submission", type=Path)
     mark.add_argument("--results", type=Path, default=Path("results.json"))
-    mark.add_argument("--only", nargs="*", default=list(QUESTIONS), choices=QUESTIONS)
-    mark.add_argument("--seed", type=int, help="draw the same numbers again")
-    mark.add_argument(
-        "--patience", type=float, default=1.0, help="multiplies the time limits, for a slow machine"
-    )
-    mark.add_argument(
-        "--bases",
-        type=Path,
-        default=ROOT / "out",
-        help="where the pretrained base of q6 is kept; default out/",
-    )
+    everyone.add_argument("folder", type=Path)
+    everyone.add_argument("--results", type=Path, default=Path("graded"))
+    packed.add_argument("file", type=Path)
+    for command in (mark, everyone):
+        command.add_argument("--only", nargs="*", default=list(QUESTIONS), choices=QUESTIONS)
+        command.add_argument("--seed", type=int, help="draw the same numbers again")
+        about = "multiplies the time limits, for a slow machine"
+        command.add_argument("--patience", type=float, default=1.0, help=about)
+    for command in (hand_out, mark, everyone, packed):
+        about = "where the pretrained base is [out/]; made there if it is missing"
+        command.add_argument("--bases", type=Path, default=ROOT / "out", help=about)
     args = parser.parse_args(argv)
-    if args.command == "run":
-        run()
-    elif args.command == "make":
-        make(args.folder, tuple(args.solved))
+    if args.command == "make":
+        make(args.folder, tuple(args.solved), args.bases)
+    elif args.command == "zip":
+        pack(args.file, args.bases)
+    elif args.command == "class":
+        how = dict(seed=args.seed, patience=args.patience, bases=args.bases)
+        grade_class(args.folder, args.results, args.only, **how)
     else:
-        if not args.submission.is_dir():
+        if not args.submission.exists():
             raise SystemExit(f"homework.py: there is no folder {args.submission}")
-        seconds = {q: args.patience * QUESTIONS[q].seconds for q in args.only}
-        results = grade(args.submission, seconds, args.seed, args.bases)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = unpacked(args.submission, Path(scratch))
+            results = grade(folder, args.only, args.seed, args.patience, args.bases)
         args.results.write_text(json.dumps(results, indent=1))
         print(table(results))
     return 0

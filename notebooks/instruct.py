@@ -24,12 +24,13 @@ class PrefixMask(KVCache):
     visible[b, t, s]: may position t see s? s <= t (a decoder), or s in the prompt (a prefix-LM)."""
 
     def __init__(self, config, prompt_lengths: Tensor, width: int):
-        super().__init__(config, len(prompt_lengths), width)
+        super().__init__(config)
         t = torch.arange(width)
         self.visible = (t <= t[:, None]) | (t < prompt_lengths[:, None, None])  # (B, T, T)
 
-    def attend(self, layer, q, k, v, slots):
-        return attend(q, k, v, attn_mask=self.visible[:, None])
+    def attend(self, layer, q, k, v):
+        bias = torch.zeros(self.visible.shape, dtype=q.dtype).masked_fill(~self.visible, -torch.inf)
+        return attend(q, k, v, bias[:, None])  # (B, 1, T, T): the same for all heads
 
 
 def prefix_states(model: GPT, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:

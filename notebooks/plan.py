@@ -1,18 +1,23 @@
-"""Does it fit? The memory of a run on your own model, estimated before any weight is loaded.
+"""Does it fit, and how long does it take? Memory from shapes alone, time from one step that is measured here.
 
     python notebooks/plan.py --model FOLDER --context instructions --context-file FILE --prompts FILE
     python notebooks/plan.py --card 24 ...          on a card of 24 GB; if not, which flags to turn
+    python notebooks/plan.py --table                known models, four ways, and the card each needs
 
-All flags are those of train.py. It reads the files, counts tokens, and computes from shapes alone; on
-the CPU the peak is within a quarter of what is measured (tests/test_plan.py). With --card, --dtype auto
-is bf16, as on a card that has it, wherever this runs.
+All flags are those of train.py. It reads the files, counts tokens, and computes the memory from shapes
+alone; on the CPU the peak is within a quarter of what is measured (tests/test_plan.py). Then it loads the
+model and makes two steps, which are thrown away: the second one is timed. With --card the plan is for another
+machine: no weight is loaded, no step is made, and --dtype auto is bf16, as on a card that has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import contexts
+import train
 from contexts import BadInput, Task, reading, seeded, student_prompt, teacher_prompt
-from model import GPTConfig, read_config, resolve_device
+from cosd import cosd_loss
+from model import GPT, GPTConfig, read_config, resolve_device
 from train import METHODS, Config, comparison, parse, spelled
 
 PARTS = (
@@ -77,13 +84,15 @@ def plan(
     largest = max(cfg.batch - cfg.n_anchors, cfg.n_anchors)  # the task's rows, or the anchors
     rows = min(cfg.micro_batch or largest, largest)
     tokens, scored = common + rows * (prompt + new), rows * new
-    # One block, bytes per token: fp32 norms and residuals; the inputs of the matrix products;
-    # q, k, v and attention; the MLP.
-    norms, inputs = 4 * 4 * D, low * D * (5 if mixed else 2)
-    attention, mlp = low * (3 * H * E + 2 * K * E), low * F * (4 if c.mlp == "swiglu" else 2)
+    # One block, bytes per token: fp32 norms and residuals; what the matrix products read; q, and
+    # what attention puts out, twice; keys and values; the MLP.
+    norms, inputs = 4 * 4 * D, low * 2 * D
+    attention, mlp = low * 3 * H * E, low * F * (4 if c.mlp == "swiglu" else 2)
     block = tokens * (norms + inputs + attention + mlp)
     if common:  # with gradient every row has a copy of the common beginning's keys and values
-        block += rows * (common + prompt + new) * 2 * K * E * low
+        block += (tokens + rows * (common + prompt + new)) * 2 * K * E * low
+    else:  # one for every query head, so that no kernel keeps scores
+        block += tokens * 2 * H * E * low
 
     # Without gradient one block's temporaries remain: the scores over all slots, and the MLP.
     def reading_once(rows: int, own: int, before: int) -> int:
@@ -101,9 +110,12 @@ def plan(
         "activations": N * tokens * 4 * D + block if cfg.checkpointing else N * block,
         "logits": 4 * V * 6 * min(cfg.chunk or scored, scored) + (0 if adapters else 4 * V * D),
         "scoring": reading_once(rows, teacher_prompt + new, shared),
-        # autocast's copies of the fp32 weights; the head's for student and teacher
-        "casts": mixed * 2 * ((0 if adapters else in_blocks) + 2 * V * D),
-        "generation": cache + reading_once(generating, teacher_prompt, shared),
+        # autocast's copies of the fp32 weights; the head stays in fp32
+        "casts": 0 if adapters else mixed * low * in_blocks,
+        # for decoding, adapters are folded into matrices of their own, unless memory matters more
+        "generation": cache
+        + reading_once(generating, teacher_prompt, shared)
+        + (low * in_blocks if adapters and not cfg.checkpointing else 0),
     }
     if METHODS[cfg.method].minimised != "divergence" and not cfg.n_anchors:
         sizes["scoring"] = 0
@@ -136,7 +148,7 @@ def with_experts(cfg: Config, task: Task) -> Config:
     if "expert" not in METHODS[cfg.method].writer:
         return cfg
     examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
-    written = max(len(task.chat.encode(e.expert)) + 1 for e in examples)
+    written = max(len(task.chat.target(e.prompt, e.expert)) for e in examples)
     return replace(cfg, max_new_tokens=max(cfg.max_new_tokens, written))
 
 
@@ -188,23 +200,146 @@ def show(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: flo
     return "\n".join(lines)
 
 
+def one_step(run: train.Run, step: int) -> float:
+    """Seconds of a step as `train.fit` makes it, without its log."""
+    began = time.perf_counter()
+    with run.autocast():
+        parts = [train.task_rows(run, step)]
+        if run.cfg.n_anchors:
+            parts.append(train.anchor_rows(run, step))
+    for rows in parts:
+        for micro_batch in rows.split(run.cfg.micro_batch):
+            with run.autocast():
+                loss, _ = cosd_loss(run.student, micro_batch, run.cfg.chunk)
+            run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    run.teacher.update(run.student)
+    loss.item()  # a device may still be at it
+    return time.perf_counter() - began
+
+
+def duration(cfg: Config, task: Task) -> str:
+    """What two steps and a batch of answers took here, and what that makes for the whole run."""
+    with reading(f"--model {cfg.model}"):
+        student = GPT.from_pretrained(cfg.model).to(resolve_device(cfg.device, cfg.dtype)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        run = train.assemble(cfg, task, student, {}, Path(folder))
+        _, seconds = one_step(run, 0), one_step(run, 1)  # the first one warms up
+        some = [student_prompt(task.chat, e) for e in task.heldout[: 2 * cfg.batch]]
+        began = time.perf_counter()
+        with run.autocast():
+            train.write(run, student, some, 0)
+        answer = (time.perf_counter() - began) / len(some)
+    # Answers that are measured: 5 a held-out prompt before the first step, 3 after the last; 2 each of the suites'.
+    suites = sum(len(suite) for suite in task.probes.values())
+    measuring = answer * (8 * len(task.heldout) + 4 * suites)
+    whole = cfg.steps * seconds + measuring
+    return (
+        f"time, measured here: {seconds:.1f} s a step, {cfg.steps} of them {clock(cfg.steps * seconds)}; evaluation "
+        f"before and after about {clock(measuring)}; together about {clock(whole)} for each of --seeds {cfg.seeds}"
+    )
+
+
+def clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def rates(cfg: Config) -> str:
+    """Where to look for a learning rate. SDFT takes 2e-5 (all weights), Thinking Machines 1e-4 (LoRA); the real models of
+    this project learned at 5e-5 and 5e-4, a small one not at 1e-5."""
+    low, high = (2e-4, 1e-3) if cfg.lora else (2e-5, 1e-4)
+    where = "" if low <= cfg.lr <= high else ", which is outside"
+    return f"--lr {cfg.lr:g}{where}: {low:g} to {high:g} is where to look, the larger the smaller the model"
+
+
+def solved_before(cfg: Config, task: Task) -> str:
+    """Held-out prompts among the solved problems of the context: the teacher has read their solutions."""
+    if not (cfg.context_file or "").endswith(".jsonl"):
+        return ""
+    solved = {str(row["prompt"]) for row in contexts.read_prompts(cfg.context_file)}
+    count = sum(str(e.prompt) in solved for e in task.heldout)
+    if not count:
+        return ""
+    return f"{count} held-out prompts are solved in {cfg.context_file}: their scores say nothing about new ones"
+
+
+FAMILIES = {  # layers, width, heads, key heads, head width, MLP, vocabulary, tied, biases
+    "SmolLM2-135M": (30, 576, 9, 3, 64, 1536, 49_152, True, False),
+    "SmolLM2-360M": (32, 960, 15, 5, 64, 2560, 49_152, True, False),
+    "Qwen2.5-0.5B": (24, 896, 14, 2, 64, 4864, 151_936, True, True),
+    "Llama-3.2-1B": (16, 2048, 32, 8, 64, 8192, 128_256, True, False),
+    "Qwen2.5-1.5B": (28, 1536, 12, 2, 128, 8960, 151_936, True, True),
+    "SmolLM2-1.7B": (24, 2048, 32, 32, 64, 8192, 49_152, True, False),
+    "Qwen2.5-3B": (36, 2048, 16, 2, 128, 11_008, 151_936, True, True),
+    "Llama-3.2-3B": (28, 3072, 24, 8, 128, 8192, 128_256, True, False),
+    "Llama-3.1-8B": (32, 4096, 32, 8, 128, 14_336, 128_256, False, False),
+}
+WAYS = {
+    "all weights": {},
+    "all, --checkpointing": {"checkpointing": True},
+    "--lora 16": {"lora": 16},
+    "--lora 16 --checkpointing": {"lora": 16, "checkpointing": True},
+}
+
+
+def table() -> str:
+    """8 prompts of 100 tokens (20 in common) with 256 new ones, a context of 200; bf16, chunk 32."""
+    rows = ["| model | parameters | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 2) + "|"]
+    for name, numbers in FAMILIES.items():
+        layers, width, heads, key_heads, head_dim, d_ff, vocabulary, tied, biases = numbers
+        shape = GPTConfig(
+            vocabulary,
+            layers,
+            width,
+            heads,
+            key_heads,
+            head_dim,
+            d_ff,
+            8192,
+            tied=tied,
+            qkv_bias=biases,
+        )
+        cells = []
+        for way in WAYS.values():
+            cfg = Config(batch=8, max_new_tokens=256, chunk=32, **way).resolved("cosd")
+            peak = plan(cfg, shape, torch.bfloat16, 80, 80, 20, 220)["peak"] / 1e9
+            cards = [card for card in (16, 24, 80) if fits(peak, card)]
+            cells.append(f"{peak:.1f} ({cards[0]} GB)" if cards else f"{peak:.1f} (none)")
+        rows.append(f"| {name} | {shape.n_params() / 1e9:.2f} B | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--card", type=float, help="its memory in GB")
+    own.add_argument("--table", action="store_true")
     given, rest = own.parse_known_args(argv)
+    if given.table:
+        print(table())
+        return 0
     try:
         cfg = parse(rest)
         if not cfg.model:
             raise BadInput("--model FOLDER is missing; the built-in world fits anywhere")
         with reading(f"--model {cfg.model}"):
             shape = read_config(cfg.model)
-            chat = contexts.open_chat(cfg.model, shape.vocab_size)
+            template_args = json.loads(cfg.chat_template_kwargs)
+            chat = contexts.open_chat(cfg.model, shape.vocab_size, **template_args)
         dtype = torch.bfloat16
         if cfg.dtype != "auto" or not given.card:
             dtype = resolve_device(cfg.device, cfg.dtype)[1]
         for each in comparison(cfg):
             task = contexts.file_task(each, chat, shape.max_len)
             print(show(with_experts(each, task), shape, dtype, lengths(task), given.card))
+            print(rates(each))
+            if solved_before(each, task):
+                print(solved_before(each, task))
+            if not given.card:
+                print(duration(each, task))
         return 0
     except (BadInput, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"\nrates.py: {stopped}: go on with the same command", file=sys.stderr)
         return 130
-    except (BadInput, OSError, train.Diverged) as error:
+    except (BadInput, OSError, FloatingPointError) as error:
         print(f"rates.py: error: {error}", file=sys.stderr)
         return 2
     print(

@@ -31,8 +31,7 @@ COLUMNS = {  # title: (where it stands in a result, digits)
     "prior": ("prior", 3),
     "steerability": ("steerability", 3),
     "drift": ("after.drift", 4),
-    "perplexity before": ("before.perplexity", 2),
-    "perplexity after": ("after.perplexity", 2),
+    "cut off": ("after.task.cut_off", 2),
     "over-refusal": ("after.task.over_refusal", 2),
     "tokens saved": ("before.tokens_saved", 0),
     "seconds": ("seconds", 0),
@@ -47,8 +46,7 @@ MEANING = {
     "prior": "change of exact match on skills that the base had without any context",
     "steerability": "mean change of exact match under other contexts",
     "drift": "KL(base‖tuned) on old prompts in their contexts, nats per token",
-    "perplexity before": "of the unrelated text",
-    "perplexity after": "the same after training",
+    "cut off": "share of the answers after training that --max-new-tokens cut off",
     "over-refusal": "share of allowed items that were refused",
     "tokens saved": "length of C in tokens, per prompt",
     "seconds": "training alone",
@@ -75,8 +73,13 @@ def read_results(out: Path) -> list[dict]:
             if result is not None:  # None: the run is not complete
                 results.append(with_changes(result))
     order = list(KINDS)
-    results.sort(key=lambda r: order.index(kind_of(r)) if kind_of(r) in order else len(order))
-    return results
+
+    def place(result: dict) -> tuple:
+        config, kind = result["config"], kind_of(result)
+        known = order.index(kind) if kind in order else len(order)
+        return known, config["method"], config.get("lr") or 0.0, config.get("seed") or 0
+
+    return sorted(results, key=place)
 
 
 def kind_of(result: dict) -> str:
@@ -263,9 +266,11 @@ def main(argv: list[str]) -> int:
         print("usage: python notebooks/report.py FOLDER", file=sys.stderr)
         return 2
     try:
-        print(
-            f"\n{report(Path(argv[0]))}\nWritten to {argv[0]}: results.md, results.json, figure.png"
-        )
+        text = report(Path(argv[0]))
+        print(f"\n{text}\nWritten to {argv[0]}: results.md, results.json, figure.png", flush=True)
+        return 0
+    except BrokenPipeError:  # `| head` has seen enough, and the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (BadInput, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
@@ -273,4 +278,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no ‖
     sys.exit(main(sys.argv[1:]))

@@ -212,7 +212,7 @@ def beyond(policy: GPT, seed: int, count: int) -> dict:
 
 # ================================================================================= 3. the experiments
 def base_of(job, options) -> GPT:
-    small = dict(pretrain_steps=10, d_model=32) if options.smoke else {}
+    small = dict(pretrain_steps=10) if options.smoke else {}
     cfg = train.Config(seed=job["seed"], device="cpu", **small)
     return train.get_base(cfg, str(options.out))[0]
 
@@ -268,9 +268,9 @@ def corpus_rows(run, step):
     rng, chat = seeded(run.cfg.seed, "corpus", step), run.task.chat
     drawn = [contexts.draw_anchor(rng, "privileged") for _ in range(run.cfg.n_anchors)]
     prompts = [teacher_prompt(chat, e) for e in drawn]
-    y = [chat.encode(e.answer) + [chat.end] for e in drawn]
+    y = [chat.target(e.prompt, e.answer) for e in drawn]
     share = run.cfg.n_anchors / run.cfg.batch
-    return train.make_rows(run, prompts, y, None, prompts, cross_entropy, share)
+    return train.make_rows(prompts, y, None, prompts, cross_entropy, share)
 
 
 def start(job, options) -> dict:
@@ -513,8 +513,8 @@ def angles(job, options) -> dict:
         if step % max(1, limit // 6):
             continue
         prompts = [teacher_prompt(WORLD_CHAT, e) for e in old]
-        y = [WORLD_CHAT.encode(e.answer) + [WORLD_CHAT.end] for e in old]
-        rows = train.make_rows(run, prompts, y, None, prompts, cross_entropy)
+        y = [WORLD_CHAT.target(e.prompt, e.answer) for e in old]
+        rows = train.make_rows(prompts, y, None, prompts, cross_entropy)
         loss_old = cosd_loss(run.student, rows)[0]
         h = gradient(run.student, loss_old)
         g_task = gradient(run.student, cosd_loss(run.student, parts[0])[0])
@@ -556,11 +556,11 @@ def draw_draft(rng, heldout=None, steps=None):
 LOOKING = {  # two more kinds of context: C is made from the student's own answer
     "feedback": replace(
         KINDS["privileged"], letter="E", method="SDPO, arXiv:2601.20802", draw=draw_feedback, share=0.15,
-        after=told, template="{context}", needs=("context",),
+        after=told, template="{context}",
     ),
     "draft": replace(
         KINDS["privileged"], letter="F", method="self-correction, arXiv:2604.12002", draw=draw_draft, share=0.1,
-        after=own_draft, template="{context}", needs=("context",),
+        after=own_draft, template="{context}",
     ),
 }  # fmt: skip
 
@@ -591,7 +591,7 @@ def looking_base(base: GPT, seed: int, options) -> GPT:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
         drawn = task.draw_batch(f"looking {seed}", step, 8 if options.smoke else 96)
         prompts = [teacher_prompt(WORLD_CHAT, e) for e in drawn]
-        y = [WORLD_CHAT.encode(e.answer) + [WORLD_CHAT.end] for e in drawn]
+        y = [WORLD_CHAT.target(e.prompt, e.answer) for e in drawn]
         ids, mask = pad_right(y), pad_right([[1] * len(row) for row in y]).bool()
         loss = cross_entropy(answer_logits(base, prompts, ids, mask), None, ids[mask]).mean()
         move(base, optimizer, loss)
@@ -760,7 +760,7 @@ def text_base(job, options) -> GPT:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * min(1.0, 2 * (1 - step / steps))
         rng = seeded(seed, "text", step)
-        texts = [WORLD_CHAT.encode(document(rng)) for _ in range(48)]
+        texts = [contexts.encode(document(rng)) for _ in range(48)]
         prompts, answers = [t[:1] for t in texts], [t[1:] for t in texts]
         move(
             model, optimizer, prefix_loss(model, prompts, answers)
@@ -780,11 +780,11 @@ def instruct(job, options) -> dict:
 
     def ask(rng, verbs, words):
         e = chain(rng, words, 1, verbs)
-        return [contexts.USER, *WORLD_CHAT.encode(e.prompt), contexts.ASSISTANT], e.answer
+        return [contexts.USER, *contexts.encode(e.prompt), contexts.ASSISTANT], e.answer
 
     def loss_of(pairs):
         prompts = [x for x, _ in pairs]
-        y = [[*WORLD_CHAT.encode(answer), contexts.END] for _, answer in pairs]
+        y = [[*contexts.encode(answer), contexts.END] for _, answer in pairs]
         if two_way:
             return prefix_loss(model, prompts, y)
         ids, mask = pad_right(y), pad_right([[1] * len(row) for row in y]).bool()

@@ -9,6 +9,7 @@ in transformers' format. With access to the hub `--model HuggingFaceTB/SmolLM2-1
 """
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -34,9 +35,14 @@ def convert(folder: str | os.PathLike) -> Path:
     model.hf_quantizer = None  # else transformers refuses to save what was quantized
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    rope = model.config.rope_parameters  # transformers 4 reads the same number by another name
+    vars(model.config).update(rope_theta=rope["rope_theta"], rope_scaling=None)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    written = unfinished / "tokenizer_config.json"  # and has no class of this name
+    told = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    written.write_text(json.dumps(told, indent=2))
     os.replace(unfinished, folder)
     return folder
 

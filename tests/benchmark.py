@@ -6,9 +6,15 @@
   generate  tokens a second of `GPT.generate` over transformers' `generate`, same weights, dtype and greedy tokens
   step      time, its split, and peak memory of one COSD step on a real model; beside TRL's SDFTTrainer where --trl-python
             has TRL installed
+  logits    what rounding logits to bf16 before the divergence does to its gradient, and to learning in the world;
+            real-logits: to the gradient on a real model
+  merged    how far the policy that writes with adapters folded in is from the one that is scored with them apart
+  gpu       all that a card has to show, on random models, with nothing to download: every dtype and shape, the smoke
+            preset, resume, tokens a second and a COSD step beside what the card can do, peak memory beside the plan
 
     python tests/benchmark.py context chunks       (about four minutes on two cores, 8 GB, random models)
-    python tests/benchmark.py generate step --model out/SmolLM2-135M-Instruct [--threads 1] [--trl-python PYTHON]
+    python tests/benchmark.py generate step merged --model out/SmolLM2-135M-Instruct [--threads 1] [--trl-python PYTHON]
+    python tests/benchmark.py gpu                  (written to take less than eight minutes; on a CPU it runs in small)
 
 Which model fits which card is an estimate: python notebooks/plan.py --card
 """
@@ -20,16 +26,43 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
+if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # before it is imported
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
 
-from cosd import Rows, Teacher, chunked_objective, cosd_loss, make_objective, token_weights
-from model import GPT, GPTConfig, add_adapters, low_precision_, resolve_device, trained
+from cosd import (
+    Rows,
+    Teacher,
+    chunked_objective,
+    completion_states,
+    cosd_loss,
+    make_objective,
+    token_weights,
+)
+from model import (
+    DTYPES,
+    GPT,
+    GPTConfig,
+    KVCache,
+    add_adapters,
+    low_precision_,
+    merged_copy,
+    merged_view,
+    resolve_device,
+    trained,
+    without_adapters,
+)
 
 V_BIG, POSITIONS, WIDTH = 151_936, 512, 512
 NEW = 24  # tokens of a completion, in steps
@@ -208,6 +241,407 @@ def generate_ratios(folder: str, rounds: int) -> None:
             )
 
 
+# --------------------------------------------------------------------------------------- on a card
+MATRIX = list(product(DTYPES, [False, True], [False, True], [False, True]))
+NEAR = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}  # how far logits may be from fp32's, relatively
+ASK = [[1, 2, 3], [4], [5, 6, 7, 8]]
+COMMON = list(range(20))
+
+
+def small_model(biases: bool, grouped: bool, adapters: bool) -> GPT:
+    """A random model whose logits are far from uniform, and whose adapters do something."""
+    bias = {"qkv_bias": biases, "out_bias": biases, "mlp_bias": biases}
+    shape = {"d_model": 16, "n_head": 4, "n_kv_head": 2 if grouped else 4, "head_dim": 8}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(23, n_layer=1, d_ff=20, max_len=64, qk_norm=True, **shape, **bias))
+    if adapters:
+        add_adapters(model, 2)
+    for name, parameter in model.named_parameters():
+        if not name.endswith(".A"):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def check_variant(device: str, dtype: str, biases: bool, grouped: bool, adapters: bool) -> float:
+    """Fails unless logits are within rounding of fp32's, plain, cached, after a shared prefix with
+    and without gradient; unless every greedy token is fp32's best or as good within rounding; unless
+    the cache is in the dtype asked for; and if any kernel warns. Returns the largest relative error."""
+    model, low, worst = small_model(biases, grouped, adapters).to(device), DTYPES[dtype], []
+    ids = torch.randint(0, 23, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
+    after = torch.cat([torch.tensor([COMMON, COMMON], device=device), ids], dim=1)
+    with torch.no_grad():
+        exact, exact_after = model(ids), model(after)[:, len(COMMON) :]
+        reference = merged_copy(model)
+    if adapters:
+        low_precision_(model, low)
+
+    def compare(logits, truth):
+        worst.append(((logits - truth).norm() / truth.norm()).item())
+        assert logits.dtype == torch.float32, f"logits in {logits.dtype}"
+        assert worst[-1] < NEAR[dtype], f"logits are off by {worst[-1]:.4f}"
+
+    def in_pieces(cache):
+        return torch.cat([model(part, cache) for part in ids.split([4, 1, 4], dim=1)], dim=1)
+
+    mixed = torch.autocast(ids.device.type, low, enabled=low != torch.float32)
+    with warnings.catch_warnings(), mixed:
+        warnings.simplefilter("error")  # such as "fused path refused"
+        with torch.no_grad():
+            prefix = model.read(COMMON)
+            compare(model(ids), exact)
+            compare(in_pieces(KVCache(model.config, 5)), exact)
+            compare(in_pieces(KVCache(model.config, 5, prefix)), exact_after)
+        assert prefix.keys[0].dtype == low, f"a cache in {prefix.keys[0].dtype}"
+        compare(model(ids, KVCache(model.config, prefix=model.read(COMMON))), exact_after)
+        for common in ([], COMMON):
+            prompts = [common + prompt for prompt in ASK]
+            for captured in (False, True) if ids.is_cuda else (False,):
+                tokens, _ = model.generate(prompts, 4, temperature=0, captured=captured)
+                agree(reference, prompts, tokens.tolist(), NEAR[dtype])
+    return max(worst)
+
+
+@torch.no_grad()
+def agree(reference: GPT, prompts: list, tokens: list, near: float) -> None:
+    with torch.autocast(reference.device.type, enabled=False):
+        for prompt, row in zip(prompts, tokens):
+            ids = torch.tensor([prompt + row], device=reference.device)
+            logits = reference(ids)[0, len(prompt) - 1 : -1]  # (N, V)
+            chosen = logits.gather(1, torch.tensor(row, device=ids.device)[:, None])[:, 0]
+            behind = (logits.amax(1) - chosen).max().item()
+            assert behind <= 4 * near * logits.abs().max().item(), f"a token {behind:.3f} behind"
+
+
+def waiting(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def waited(call, device: str):
+    call()
+    waiting(device)
+
+
+def seconds_of(call, device: str, rounds: int = 3) -> float:
+    return take_turns({"it": partial(waited, call, device)}, rounds)["it"]
+
+
+def what_it_can(device: str, big: bool) -> dict[str, float]:
+    """Measured: bytes a second read and written by a copy; matrix products, operations a second."""
+    n = 2**28 if big else 2**22
+    source, target = torch.empty(n, device=device), torch.empty(n, device=device)
+    can = {"bandwidth": 2 * 4 * n / seconds_of(partial(target.copy_, source), device)}
+    width = 8192 if big else 512
+    for name, dtype in DTYPES.items():
+        a = torch.randn(width, width, device=device).to(dtype)
+        can[name] = 2 * width**3 / seconds_of(lambda a=a: a @ a, device)
+    return can
+
+
+QWEN = {  # the shapes of a 0.5 B Qwen2, and the same in small
+    "vocab_size": 151_936,
+    "num_hidden_layers": 24,
+    "hidden_size": 896,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+SMALL = {"vocab_size": 1000, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 96}
+
+
+def speed(device: str, dtype: str, can: dict, big: bool) -> None:
+    """Decoding beside the card's bandwidth and transformers; a COSD step beside its products."""
+    import transformers
+
+    torch.manual_seed(0)
+    _, low, autocast = resolve_device(device, dtype)
+    count, B = (128, 32) if big else (8, 4)
+    shape = transformers.Qwen2Config(**(QWEN if big else QWEN | SMALL))
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.Qwen2ForCausalLM(shape).save_pretrained(folder)
+        student = GPT.from_pretrained(folder).to(device)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=low).to(device)
+    config = student.config
+    prompts = torch.randint(config.vocab_size, (B, 100)).tolist()
+    context = torch.randint(config.vocab_size, (256,)).tolist()
+    head = config.vocab_size * config.d_model
+    blocks = config.n_params() - head
+    floor = (low.itemsize * blocks + 4 * head) / can[
+        "bandwidth"
+    ]  # each weight is read once a token
+    rows = {}
+    for captured in (False, True) if device.startswith("cuda") else (False,):
+
+        def decode(captured=captured):
+            with autocast():
+                student.generate(prompts, count, temperature=1.0, captured=captured)
+
+        rows["recorded" if captured else "eager"] = decode
+    ids = torch.tensor(prompts, device=device)
+    fixed = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": True, "top_k": 0}
+    rows["transformers, weights in half precision"] = lambda: theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), **fixed
+    )
+    seconds = take_turns({name: partial(waited, call, device) for name, call in rows.items()}, 2)
+    print(f"\n{dtype}: {B} prompts of 100 x {count} new tokens, {config.n_params() / 1e6:.0f} M")
+    print("| decoding | tokens a second | ms a token | over the first | of the bandwidth's floor |")
+    print("|---|---|---|---|---|")
+    first = next(iter(seconds.values()))
+    for name, value in seconds.items():
+        each = value / count
+        print(
+            f"| {name} | {B * count / value:.0f} | {1000 * each:.2f} | {first / value:.2f} | "
+            f"{floor / each:.2f} |",
+            flush=True,
+        )
+    del theirs
+    teacher = Teacher(student, shared=context)
+    low_precision_(teacher.model, low)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+    theirs = [context + prompt for prompt in prompts]
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+
+    def step():
+        with autocast():
+            cosd_step(student, teacher, prompts, theirs, optimizer, 32)
+
+    took = seconds_of(step, device, 2)
+    tokens = B * (100 + NEW)
+    products = 2 * blocks * tokens * 4 + 2 * head * B * NEW * 4  # student there and back, teacher
+    share = products / can[dtype] / took
+    print(f"a COSD step with a context of 256 tokens: {took:.2f} s, its products alone {share:.0%}")
+    if device.startswith("cuda"):
+        sys.path.insert(0, str(ROOT / "notebooks"))
+        from plan import plan
+
+        from train import Config
+
+        cfg = Config(batch=B, max_new_tokens=NEW, chunk=32).resolved("cosd")
+        expected = plan(cfg, config, low, 100, 100, 0, 256)["peak"]
+        peak = torch.cuda.max_memory_allocated()
+        print(f"peak {peak / 1e9:.2f} GB, planned {expected / 1e9:.2f} GB")
+
+
+def run_as_users_do(device: str) -> None:
+    """The smoke preset by its command; then a run that is stopped and resumed, beside one that is not."""
+    import train
+
+    with tempfile.TemporaryDirectory() as out:
+        command = [
+            sys.executable,
+            "train.py",
+            "--preset",
+            "smoke",
+            "--device",
+            device,
+            "--out",
+            out,
+        ]
+        began = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        print(f"\nsmoke preset: exit {done.returncode} in {time.perf_counter() - began:.0f} s")
+        if done.returncode:
+            print(done.stderr[-2000:])
+        train.subprocess.run = lambda *args, **kwargs: None  # the report
+        cfg = train.Config(
+            context="instructions", method="cosd", steps=6, batch=8, eval_size=4, pretrain_steps=20
+        )
+        losses = {}
+        for name in ("whole", "stopped"):
+            original, here = train.task_rows, replace(cfg, device=device, out=f"{out}/{name}")
+
+            def rows(run, step, original=original, name=name):
+                if name == "stopped" and step == 3 and run.cfg.method == "cosd":
+                    train.save_run(run)
+                    train.task_rows = original
+                    raise KeyboardInterrupt
+                return original(run, step)
+
+            train.task_rows = rows
+            try:
+                train.train(here)
+            except KeyboardInterrupt:
+                train.train(replace(here, resume=True))
+            train.task_rows = original
+            (state,) = Path(here.out).glob("instructions-*/state.pt")
+            losses[name] = [row["loss"] for row in torch.load(state, weights_only=True)["log"]]
+        apart = max(abs(a - b) for a, b in zip(losses["whole"], losses["stopped"]))
+        print(f"resumed and uninterrupted losses differ by at most {apart:.1e}")
+
+
+def on_a_card(device: str, big: bool | None = None) -> None:
+    began = time.perf_counter()
+    device = str(resolve_device(device, "fp32")[0])
+    big = device.startswith("cuda") if big is None else big
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "the CPU, in small"
+    print(f"{name}; torch {torch.__version__}")
+    failed = 0
+    for variant in MATRIX:
+        try:
+            check_variant(device, *variant)
+        except (AssertionError, RuntimeError, Warning) as error:
+            failed += 1
+            print("FAILED", variant, str(error).splitlines()[0])
+    print(f"{len(MATRIX) - failed} of {len(MATRIX)}: dtypes x biases x grouped heads x adapters")
+    run_as_users_do(device)
+    can = what_it_can(device, big)
+    print(f"\nmeasured: {can['bandwidth'] / 1e9:.0f} GB/s; matrix products, TFLOP/s: ", end="")
+    print(", ".join(f"{dtype} {can[dtype] / 1e12:.2f}" for dtype in DTYPES))
+    for dtype in ("bf16", "fp16"):
+        speed(device, dtype, can, big)
+    print(f"\n{time.perf_counter() - began:.0f} s in all; {failed} failed")
+    sys.exit(failed > 0)
+
+
+# ------------------------------------------------------------------------------- rounding the logits
+def rounded(objective):
+    """The objective on logits that were rounded to bf16, as autocast would round them."""
+
+    def on_rounded(student_logits, teacher_logits, tokens):
+        low = student_logits.bfloat16().float()
+        return objective(low, teacher_logits.bfloat16().float(), tokens)
+
+    return on_rounded
+
+
+def logit_ratios(steps: int = 100, seeds: int = 3) -> None:
+    """Four kinds in the world, bf16 autocast, paired by seed: the divergence on fp32 and on rounded
+    logits. Along training of the first, the gradient of both on the same rows."""
+    import contexts
+    import train
+
+    train.subprocess.run = lambda *args, **kwargs: None  # the report
+    print(f"\nLogits rounded to bf16, or not; bf16 autocast, {steps} steps, seeds 0 to {seeds - 1}")
+    print(
+        "| kind | seed | score, fp32 | rounded | KL left, fp32 | rounded | gradient off by, start | end |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    original = train.make_objective
+    for seed in range(seeds):
+        for kind in contexts.KINDS:
+            numbers = []
+            for how in (lambda f: f, rounded):
+                off = []
+
+                def objective(*args, how=how, **kwargs):
+                    return how(original(*args, **kwargs))
+
+                def rows(run, step, task_rows=train.task_rows, off=off):
+                    made = task_rows(run, step)
+                    if step in (0, run.cfg.steps - 1) and run.cfg.method == "cosd":
+                        off.append(off_by(run.student, made, "forward_kl", run.autocast))
+                    return made
+
+                kept = train.task_rows, train.make_objective
+                train.task_rows, train.make_objective = rows, objective
+                with tempfile.TemporaryDirectory() as out:
+                    cfg = train.Config(
+                        context=kind, method="cosd", seed=seed, steps=steps, dtype="bf16"
+                    )
+                    bases = Path(__file__).parent.parent / "out"
+                    base, name = train.get_base(replace(cfg, dtype="auto"), bases)
+                    task = contexts.world_task(kind, seed, 64)
+                    result = train.run_method(
+                        replace(cfg, out=out).resolved("cosd"), task, base, name
+                    )
+                train.task_rows, train.make_objective = kept
+                after = result["after"]
+                numbers.append((after["task"]["score"], after["kl"], off))
+            (score, kl, off), (score_low, kl_low, _) = numbers
+            print(
+                f"| {kind} | {seed} | {score:.2f} | {score_low:.2f} | {kl:.4f} | {kl_low:.4f} | "
+                f"{off[0]:.3f} | {off[-1]:.3f} |",
+                flush=True,
+            )
+
+
+def logit_error(folder: str, steps: int = 20, seeds: int = 3) -> None:
+    """The same on a real model that learns to talk like a pirate: the gradient alone, on the way."""
+    from contexts import open_chat, read_context
+
+    prompts_of = open_chat(folder, GPT.from_pretrained(folder).config.vocab_size).render
+    context = read_context(ROOT / "notebooks/data/pirate.json")
+    prompts = [prompts_of(None, question) for question in eight_questions()]
+    theirs = [prompts_of(context, question) for question in eight_questions()]
+    print(
+        f"\n{Path(folder).name}, {steps} steps of 8 prompts x {NEW} tokens: loss, gradient off by"
+    )
+    print("| seed | objective | loss at the start | off by | at the end | off by |\n|" + "---|" * 6)
+    autocast = resolve_device("cpu", "bf16")[2]
+    for seed, name in product(range(seeds), ("forward_kl", "reverse_kl")):
+        student = GPT.from_pretrained(folder)
+        teacher = Teacher(student)
+        low_precision_(teacher.model, torch.bfloat16)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, fused=True)
+        generator, row = torch.Generator().manual_seed(seed), []
+        for step in range(steps + 1):
+            with autocast():
+                ids, mask = student.generate(prompts, NEW, eos={2}, generator=generator)
+                rows = Rows(
+                    prompts, theirs, ids, mask, token_weights(mask), teacher, make_objective(name)
+                )
+                loss, _ = cosd_loss(student, rows)
+            if step in (0, steps):
+                row += [f"{loss.item():.3f}", f"{off_by(student, rows, name, autocast):.3f}"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        print(f"| {seed} | {name} | " + " | ".join(row) + " |", flush=True)
+
+
+@torch.no_grad()
+def merged_ratio(folder: str, rank: int = 16) -> None:
+    """A real model, bf16 autocast over a bf16 base, random adapters that change it as much as
+    training does: KL, nats per token, of the policy with folded adapters from the one without, beside
+    that of the bf16 policy from fp32's, which rounding costs anyway. Teacher-forced on its own tokens."""
+    from contexts import open_chat
+
+    chat = open_chat(folder, GPT.from_pretrained(folder).config.vocab_size)
+    prompts = [chat.render(None, question) for question in eight_questions()]
+    print(
+        "\n| adapters' scale | KL(adapted, base) | KL(folded, apart), both bf16 | KL(bf16, fp32) |"
+    )
+    print("|---|---|---|---|")
+    for scale in (0.01, 0.03, 0.1):
+        torch.manual_seed(0)
+        model = GPT.from_pretrained(folder)
+        add_adapters(model, rank)
+        for layer in model.blocks.modules():
+            if getattr(layer, "B", None) is not None:
+                layer.B.normal_(std=scale)
+        exact, base = merged_copy(model), without_adapters(model)
+        ids, mask = exact.generate(prompts, NEW, generator=torch.Generator().manual_seed(0))
+
+        def log_probs(model, ids=ids, mask=mask):
+            states = completion_states(model, prompts, ids, mask)  # (n, D)
+            return model.head(states).log_softmax(-1)  # (n, V)
+
+        in_fp32, in_base = log_probs(exact), log_probs(base)
+        low_precision_(model, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            apart, folded = log_probs(model), log_probs(merged_view(model))
+        pairs = [(in_fp32, in_base), (folded, apart), (apart, in_fp32)]
+        kls = [(p.exp() * (p - q)).sum(-1).mean().item() for p, q in pairs]
+        print(f"| {scale} | " + " | ".join(f"{kl:.2e}" for kl in kls) + " |", flush=True)
+
+
+def off_by(student: GPT, rows: Rows, name: str, autocast) -> float:
+    """|g(rounded) − g| / |g| of these rows."""
+    gradients = []
+    for how in (lambda f: f, rounded):
+        with autocast():
+            loss, _ = cosd_loss(student, replace(rows, objective=how(make_objective(name))))
+        parts = torch.autograd.grad(loss, list(trained(student).values()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    exact, low = gradients
+    return ((low - exact).norm() / exact.norm()).item()
+
+
 def eight_questions() -> list[str]:
     lines = (ROOT / "notebooks/data/questions.jsonl").read_text().splitlines()[:8]
     return [json.loads(line)["prompt"] for line in lines]
@@ -369,6 +803,10 @@ if __name__ == "__main__":
         "chunks": lambda: chunk_ratios(rounds),
         "generate": lambda: generate_ratios(model, rounds),
         "step": lambda: step_ratios(model, rounds, threads, options.trl_python),
+        "logits": logit_ratios,
+        "real-logits": lambda: logit_error(model),
+        "merged": lambda: merged_ratio(model),
+        "gpu": lambda: on_a_card("auto" if options.device == "cpu" else options.device),
     }
     first, *rest = options.what
     if first == "measure-chunk":

@@ -1,13 +1,18 @@
 """LoRA: by hand, left out, merged, under the teachers, exported; gradient checkpointing; prompts that begin alike."""
 
 import json
+import sys
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import tiny_gpt
+from conftest import ROOT, tiny_gpt
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+from adapters import save_adapters
 
 import cosd
 import model as model_module
@@ -21,16 +26,16 @@ from cosd import (
     shared_states,
     token_weights,
 )
-from model import GPT, TARGETS, add_adapters, merged_copy, merged_weights, without_adapters
+from model import GPT, add_adapters, merged_copy, merged_view, merged_weights, without_adapters
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 PROMPTS, LONGER = [[1, 2, 3], [4, 5]], [[7, 8, 9, 1, 2, 3], [7, 8, 9, 4, 5]]
 
 
-def adapted(rank=3, alpha=6.0, targets=TARGETS, **changes):
+def adapted(rank=3, alpha=6.0, **changes):
     """A model whose adapters do something: B is zero at the start, here it is not."""
     model = tiny_gpt(**changes)
-    add_adapters(model, rank, alpha, targets)
+    add_adapters(model, rank, alpha)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith((".A", ".B")):
@@ -162,18 +167,47 @@ def test_merging(tied):
     assert {p.dtype for p in merged_copy(adapted().bfloat16()).parameters()} == {torch.float32}
 
 
-def test_targets_and_refusals():
-    model = adapted(targets=("q", "down"))
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {
-        "q",
-        "down",
+def test_adapters_are_folded_in_for_decoding_unless_memory_matters_more(monkeypatch):
+    model, calls, original = adapted(), [], model_module.merged_view
+    monkeypatch.setattr(
+        model_module, "merged_view", lambda model: calls.append(1) or original(model)
+    )
+    folded, _ = model.generate(PROMPTS, 6, temperature=0)
+    assert calls == [1]
+    model.checkpointing = True
+    apart, _ = model.generate(PROMPTS, 6, temperature=0)
+    assert calls == [1] and torch.equal(folded, apart)
+
+
+def test_every_matrix_of_the_blocks_is_adapted_and_nothing_else():
+    changed = {
+        name.rpartition(".")[0] for name, p in adapted().named_parameters() if p.requires_grad
     }
-    with pytest.raises(ValueError, match=r"on \['head'\]: .*on some of \('q', 'k', 'v'"):
-        add_adapters(tiny_gpt(), 2, 2.0, ["head"])
-    with pytest.raises(ValueError, match="of rank 0 .*: at least 1"):
-        add_adapters(tiny_gpt(), 0, 2.0)
-    with pytest.raises(ValueError, match=r"on \['gate'\]"):
-        add_adapters(tiny_gpt(mlp="gelu"), 2, targets=["gate"])
+    layers = "attention.q attention.k attention.v attention.out mlp.gate mlp.up mlp.down".split()
+    assert changed == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
+    with pytest.raises(ValueError, match="of rank 0: at least 1"):
+        add_adapters(tiny_gpt(), 0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merged_view_shares_what_is_not_adapted_and_writes_the_same(tied):
+    model = adapted(tied=tied, qkv_bias=True)
+    view = merged_view(model)
+    assert view.embed.weight.data_ptr() == model.embed.weight.data_ptr()
+    assert view.blocks[0].attention.q.bias.data_ptr() == model.blocks[0].attention.q.bias.data_ptr()
+    assert (
+        view.blocks[0].attention.q.weight.data_ptr()
+        != model.blocks[0].attention.q.weight.data_ptr()
+    )
+    assert not any(p.requires_grad for p in view.parameters())
+    assert all(
+        p.requires_grad for name, p in model.named_parameters() if name.endswith((".A", ".B"))
+    )
+    torch.testing.assert_close(view(IDS), model(IDS), rtol=1e-6, atol=1e-6)
+    ours, theirs = (m.generate(PROMPTS, 8, temperature=0)[0] for m in (view, model))
+    assert torch.equal(ours, theirs)
+    low = adapted().bfloat16()
+    assert {p.dtype for p in merged_view(low).parameters()} == {torch.bfloat16}
 
 
 def test_a_frozen_teacher_of_an_adapted_student_is_the_student_without_adapters():
@@ -260,7 +294,7 @@ def test_export_as_peft_and_merged(tmp_path):
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
     without_adapters(model).save_pretrained(tmp_path / "base")
-    model.save_adapters(tmp_path / "adapters", base="me/base")
+    save_adapters(dict(model.named_parameters()), model, tmp_path / "adapters", "me/base")
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (
         3,
@@ -286,15 +320,15 @@ def test_export_as_peft_and_merged(tmp_path):
             config["lora_alpha"] / config["r"] * state[key.replace("lora_A", "lora_B")] @ state[key]
         )
     torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="no adapters to save"):
-        tiny_gpt().save_adapters(tmp_path)
+    with pytest.raises(ValueError, match="there are no adapters"):
+        save_adapters({}, tiny_gpt(), tmp_path, "")
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=23, n_positions=16, n_embd=16, n_layer=1, n_head=2)
     ).save_pretrained(tmp_path / "gpt2")
     gpt2 = GPT.from_pretrained(tmp_path / "gpt2")
     add_adapters(gpt2, 2)
     with pytest.raises(ValueError, match="GPT-2 holds q, k and v in one matrix"):
-        gpt2.save_adapters(tmp_path)
+        save_adapters(dict(gpt2.named_parameters()), gpt2, tmp_path, "")
     gpt2.save_pretrained(tmp_path / "gpt2 merged")
     assert GPT.from_pretrained(tmp_path / "gpt2 merged").source.model_type == "gpt2"
 
@@ -307,7 +341,8 @@ def test_peft_itself_loads_the_adapters(tmp_path):
 
     model = adapted().float()
     tiny_gpt().float().save_pretrained(tmp_path / "base")
-    model.save_adapters(tmp_path / "adapters", base=str(tmp_path / "base"))
+    weights = dict(model.named_parameters())
+    save_adapters(weights, model, tmp_path / "adapters", str(tmp_path / "base"))
     theirs = PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapters"
     )

@@ -479,3 +479,8 @@ def test_bf16_logits_give_an_fp32_loss(name):
         assert value.dtype == torch.float32
         exact = objective(s.double(), t.double(), tokens).float()
         torch.testing.assert_close(value, exact, rtol=2e-5, atol=1e-5)
+
+
+def test_an_unknown_objective_is_named():
+    with pytest.raises(ValueError, match="'kl': choose from .*jsd.*policy_gradient"):
+        make_objective("kl")

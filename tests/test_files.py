@@ -4,7 +4,6 @@ wrong is said in one line, with file and line number."""
 import json
 import random
 import re
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,6 @@ from contexts import (
     Chat,
     Kind,
     file_task,
-    final_number,
-    make_scorer,
     open_chat,
     read_context,
     read_prompts,
@@ -80,7 +77,6 @@ def settings(files, context, **changes):
         shots=None,
         score="none",
         anchor_file=None,
-        unrelated=None,
         method="cosd",
         max_new_tokens=8,
         eval_size=128,
@@ -180,6 +176,27 @@ def test_d_solution_and_shots_in_the_same_form(files, checkpoint):
     assert "20 =" not in student
 
 
+def test_rows_of_messages_are_read_as_they_are_everywhere(files, checkpoint):
+    said = [("system", "Be kind."), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    begin = [{"role": role, "content": content} for role, content in said]
+    row = {"id": 7, "messages": [*begin, {"role": "assistant", "content": "d"}]}
+    lines(files / "heldout.jsonl", [row])
+    (read,) = read_prompts(str(files / "heldout.jsonl"))
+    assert read["prompt"] == begin and read["answer"] == "d" and read["id"] == 7
+    task = task_of(files, checkpoint, "instructions", score="exact")
+    (example,) = task.heldout
+    asked = "".join(turn(*what) for what in said) + HEADER
+    assert texts(task, example)[0] == asked
+    assert task.chat.decode(task.chat.target(example.prompt, example.expert)) == "d<|im_end|>"
+    assert task.grade(example, "d") == {"cut_off": False, "score": 1.0}
+    short = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    lines(files / "train.jsonl", [short] + [{"prompt": f"{i}", "answer": f"{i}"} for i in range(3)])
+    task = task_of(files, checkpoint, "demonstrations", shots=3)  # a chat may be a shot, too
+    teacher = texts(task, task.heldout[0])[1]
+    assert turn("user", "a") + turn("assistant", "b") in teacher
+    assert teacher.count("<|im_start|>") == 6 + len(said) + 1 and "Be kind." in teacher
+
+
 def test_only_the_last_turn_of_a_chat_is_dressed(files, checkpoint):
     said = [("user", "a"), ("assistant", "b"), ("user", "c")]
     chat = [{"role": role, "content": content} for role, content in said]
@@ -245,7 +262,7 @@ def test_held_out_lines_are_never_shots(files, checkpoint):
 
 def test_a_fifth_kind_from_files_with_the_students_own_attempt(files, checkpoint, monkeypatch):
     template = "{prompt}\nYou said: {attempt}\nIt should be: {solution}"
-    fifth = Kind("E", "feedback", None, 0.0, 0.0, template=template, needs=("solution", "answer"))
+    fifth = Kind("E", "feedback", None, 0.0, 0.0, template=template)
     monkeypatch.setitem(KINDS, "feedback", fifth)
     task = task_of(files, checkpoint, "feedback")
     example = task.heldout[0]
@@ -256,7 +273,7 @@ def test_a_fifth_kind_from_files_with_the_students_own_attempt(files, checkpoint
     assert teacher == turn("user", said) + HEADER
     assert task.after(done, "other").asked == task.after(example, "other").asked
     lines(files / "heldout.jsonl", [{"prompt": "a"}])
-    with pytest.raises(BadInput, match="heldout.jsonl:1: .* needs a solution or answer"):
+    with pytest.raises(BadInput, match="heldout.jsonl:1: it lacks what --context feedback shows"):
         task_of(files, checkpoint, "feedback")
     monkeypatch.setitem(KINDS, "feedback", replace(KINDS["instructions"], after=lambda e, y: y))
     (files / "heldout.jsonl").write_text('{"prompt": "a"}')
@@ -268,8 +285,10 @@ def test_the_four_kinds_have_nothing_to_do_after_the_rollout(files, checkpoint):
     assert all(task_of(files, checkpoint, kind).after is None for kind in KINDS)
 
 
-def test_ten_thousand_prompts_take_no_longer_each_than_a_thousand(files):
-    chat = Chat(lambda c, x: list(range(20)), lambda text: [1], str, 0, frozenset({0}))
+def test_ten_thousand_prompts_take_no_longer_each_than_a_thousand(files, monkeypatch):
+    bars = []
+    monkeypatch.setattr(contexts, "tqdm", lambda rows, said, delay: bars.append(len(rows)) or rows)
+    chat = Chat(lambda c, x: list(range(20)), lambda x, y: [0], str, {0})
     seconds = []
     for count in (1000, 8000):
         lines(files / "train.jsonl", [{"prompt": f"{i}", "answer": "a"} for i in range(count)])
@@ -279,12 +298,13 @@ def test_ten_thousand_prompts_take_no_longer_each_than_a_thousand(files):
         file_task(cfg, chat, 512)
         seconds.append(time.process_time() - began)
     assert seconds[1] < 24 * seconds[0]  # 8 times as many; quadratic would be 64
+    assert bars == [2 * 1000 + 6, 2 * 8000 + 6]  # each is read once, under a bar
 
 
 # ---------------------------------------------------------------------------- tokens and their ends
 def test_all_end_tokens_of_the_generation_config_end_a_completion(tmp_path):
     chat = open_chat(str(tiny_checkpoint(tmp_path, eos=[256, 5])), 264)
-    assert chat.ends == {256, 5, 257} and chat.end == 257
+    assert chat.ends == {256, 5, 257} and chat.target("Hi", "")[-1] == 257
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     theirs = tokenizer.apply_chat_template(PIRATE[:2], add_generation_prompt=True)["input_ids"]
     assert chat.render(PIRATE[:1], "Hi") == theirs
@@ -295,7 +315,7 @@ def test_plain_format_without_a_chat_template(tmp_path):
     assert chat.decode(chat.render(None, "Hi?")) == "Question: Hi?\n\nAnswer:"
     shown = "Be a pirate.\n\nQuestion: Hi\n\nAnswer: Arr!\n\nQuestion: Hi?\n\nAnswer:"
     assert chat.decode(chat.render(PIRATE, "Hi?")) == shown
-    assert chat.decode(chat.encode("Yes")) == " Yes"
+    assert chat.decode(chat.target("Hi?", "Yes")) == " Yes<|im_end|>"
 
 
 REFUSES = (
@@ -308,7 +328,10 @@ LOOP = "{% for m in messages %}"
     "template, message",
     [
         (REFUSES + CHATML, "No system role"),
-        (CHATML.replace(LOOP, LOOP[:-3] + " if m['role'] != 'system' %}"), "drops a system turn"),
+        (
+            CHATML.replace(LOOP, LOOP[:-3] + " if m['role'] != 'system' %}"),
+            "drops one of .'system'",
+        ),
     ],
 )
 def test_a_chat_template_without_a_system_role(tmp_path, files, template, message):
@@ -328,82 +351,26 @@ def test_a_tokenizer_that_does_not_match_the_weights(checkpoint):
             open_chat(checkpoint, vocabulary)
 
 
-# ------------------------------------------------------------------------------------------- scores
-@pytest.mark.parametrize(
-    "spec, text, answer, expected",
-    [
-        ("exact", " foxes \n", "foxes", 1),
-        ("exact", "Foxes", "foxes", 0),
-        ("exact", "foxes …", "foxes", 0),
-        ("contains", "The answer is PARIS.", "Paris", 1),
-        ("contains", "Lyon", "Paris", 0),
-        ("regex", "it is 42", r"\b4\d\b", 1),
-        ("regex", "it is 142", r"\b4\d\b", 0),
-        ("number", "so 1,234.50 in all", "#### 1234.5", 1),
-        ("number", "12 + 30 = 42", "42", 1),
-        ("number", "42, no, 43", "42", 0),
-        ("number", "none", "42", 0),
-        ("contains:arr", "ARR matey", None, 1),
-        ("regex:^A.*y$", "Arr matey", None, 1),
-        ("regex:^A.*x$", "Arr matey", None, 0),
-        ("regex:a:b", "a:b", None, 1),
-    ],
-)
-def test_scores(spec, text, answer, expected):
-    row = {"where": "f:1"} if answer is None else {"where": "f:1", "answer": answer}
-    assert make_scorer(spec, [row])(text, row) == expected
-    assert make_scorer("none", [row]) is None and final_number("-3 and -4,000") == -4000
-
-
-def test_a_python_function_scores_and_its_failures_name_it(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "import sys\nLIMIT = 5\n"
-        "def short(text, row):\n    return len(text) < LIMIT + row['more']\n"
-        "def broken(text, row):\n    return 1 / 0\n"
-        "def leaves(text, row):\n    sys.exit(0)\n"
-        "def nan(text, row):\n    return float('nan')\n"
-    )
-    row = {"more": 1, "where": "f:7"}
-    short = make_scorer(f"{path}:short", [row])
-    assert [short(text, row) for text in ("abcde", "abcdefg")] == [1.0, 0.0]
-    for name, message in [
-        ("broken", "ZeroDivisionError"),
-        ("leaves", r"SystemExit\(0\)"),
-        ("nan", "nan is no score"),
-    ]:
-        with pytest.raises(BadInput, match=f"f:7: --score .*:{name} on 'x': .*{message}"):
-            make_scorer(f"{path}:{name}", [row])("x", row)
-    path.write_text("raise SystemExit")
-    with pytest.raises(BadInput, match="--score .*SystemExit"):
-        make_scorer(f"{path}:short", [row])
-
-
-def test_the_pirate_score_is_not_taken_in_by_degenerate_answers():
-    sys.path.insert(0, str(ROOT / "notebooks" / "data"))
-    from pirate import score
-
-    assert score("Arr, matey! Italy be Rome, the capital of the world.", {})
-    for degenerate in (
-        "aye aye aye",
-        "Arr, aye, aye, aye, aye, aye, aye, aye, a …",
-        "arr matey ahoy ship sea",
-        "The sea is salty because of the ship.",
-        "",
-        "Arr, why, matey, why, why, why, why, why, why, why, why, why …",
-        "Rome is the capital of Italy.",
-    ):
-        assert not score(degenerate, {}), degenerate
-
-
 # ---------------------------------------------------------------------------------------- bad input
+class Unprintable(Exception):
+    def __str__(self):
+        raise TypeError("no text")
+
+
+class Panic(BaseException):
+    """As a tokenizer's, when its file is damaged."""
+
+
 @pytest.mark.parametrize(
     "error, said",
     [
-        (ValueError("a\nb"), "a"),
-        (KeyError("x"), "KeyError('x')"),
-        (SystemExit(3), "SystemExit(3)"),
-        (RecursionError("deep"), "RecursionError('deep')"),
+        (ValueError("a\nb"), "a b"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (SystemExit(3), "SystemExit: 3"),
+        (RecursionError("deep"), "RecursionError: deep"),
+        (Unprintable(), "test_files.Unprintable: <exception str() failed>"),
+        (Panic("at src/lib.rs:7"), "test_files.Panic: at src/lib.rs:7"),
+        (ValueError("x" * 10_000), "x" * 500),
         (BadInput("g.json:3: bad"), None),
     ],
 )
@@ -419,7 +386,7 @@ CHAT = '{"prompt": [{"role": "%s", "content": "a"}%s]}\n'
 CASES = {
     "not JSON": ('{"prompt": "a"}\n{"prompt": "b",}\n', {}, "train.jsonl:2: "),
     "a list": ('["a"]\n', {}, "train.jsonl:1: "),
-    "no prompt": ('{"promt": "a"}\n', {}, "train.jsonl:1: KeyError('prompt')"),
+    "no prompt": ('{"promt": "a"}\n', {}, "train.jsonl:1: KeyError: 'prompt'"),
     "empty prompt": ('\n{"prompt": " "}\n', {}, 'train.jsonl:2: "prompt" must be a text'),
     "wrong type": ('{"prompt": 3}\n', {}, 'train.jsonl:1: "prompt" must be a text'),
     "a number": ('{"prompt": "a", "answer": 3}\n', {}, 'train.jsonl:1: "answer" must be a text'),
@@ -447,7 +414,7 @@ CASES = {
     ),
     "too few": ('{"prompt": "a"}\n', dict(heldout=None), "every eighth line is held out"),
     "missing file": (None, dict(prompts="nowhere.jsonl"), "No such file or directory"),
-    "no context": (None, dict(context_file=None), "train.jsonl:1: instructions without"),
+    "no context": (None, dict(context_file=None), "train.jsonl:1: it lacks what"),
     "file ends with user": (
         None,
         dict(context_file='c.json=[{"role": "user", "content": "a"}]'),
@@ -462,23 +429,23 @@ CASES = {
     "trace without solution": (
         None,
         dict(context_file='c.jsonl={"prompt": "a"}'),
-        "c.jsonl:1: a solved problem needs a demonstration or solution or answer",
+        "c.jsonl:1: a solved problem is a prompt in text and a solution: KeyError: 'answer'",
     ),
     "trace of turns": (
         None,
         dict(context_file="c.jsonl=" + CHAT[:-2] % ("user", "") + ', "answer": "b"}'),
-        "c.jsonl:1: a solved problem needs a prompt in text",
+        "c.jsonl:1: a solved problem is a prompt in text and a solution: TypeError",
     ),
-    "too long": (None, dict(context_file="c.txt=" + "x" * 600), "exceed the model's 512 positions"),
+    "too long": (None, dict(context_file="c.txt=" + "x" * 600), "tokens too many"),
     "no demonstration": (
         '{"prompt": "a", "solution": "s"}\n',
         dict(context="demonstrations", shots=0),
-        "train.jsonl:1: demonstrations without",
+        "train.jsonl:1: it lacks what --context demonstrations shows: KeyError: 'answer'",
     ),
     "no solution": (
         '{"prompt": "a", "demonstration": "s"}\n',
         dict(context="privileged"),
-        "train.jsonl:1: privileged without",
+        "train.jsonl:1: it lacks what --context privileged shows: KeyError: 'answer'",
     ),
     "small pool": (
         '{"prompt": "a", "answer": "b"}\n' * 9,
@@ -488,12 +455,12 @@ CASES = {
     "nothing to imitate": (
         '{"prompt": "a"}\n',
         dict(method="sft"),
-        "train.jsonl:1: --method sft needs a demonstration or solution or answer",
+        "train.jsonl:1: --method sft needs an demonstration or solution or answer",
     ),
     "no answer": (
         None,
         dict(score="exact", heldout='h.jsonl={"prompt": "a"}'),
-        "h.jsonl:1: --score exact on '': KeyError('answer')",
+        "h.jsonl:1: --score exact on '': KeyError: 'answer'",
     ),
     "no number": (
         None,
@@ -501,7 +468,11 @@ CASES = {
         "h.jsonl:1: --score number",
     ),
     "bad pattern": (None, dict(score="regex:("), "heldout.jsonl:1: --score regex:("),
-    "unknown score": (None, dict(score="vibes"), "--score vibes: none, exact, contains, regex"),
+    "unknown score": (
+        None,
+        dict(score="vibes"),
+        "--score vibes: there is no vibes; choose none, exact, contains",
+    ),
     "score without file": (None, dict(score="gone.py:f"), "gone.py"),
     "template without its place": (
         None,
@@ -513,12 +484,6 @@ CASES = {
         dict(template="t.txt={context} {answer}"),
         "t.txt: the names in braces must be {context}",
     ),
-    "template for shots": (
-        None,
-        dict(context="demonstrations", template="t.txt={prompt} {demonstration}"),
-        "--template needs --shots 0",
-    ),
-    "no perplexity": (None, dict(unrelated="u.txt=x"), "u.txt: no paragraph has two tokens"),
     "one anchor": (None, dict(anchor_file='a.jsonl={"prompt": "a"}'), "a.jsonl: every eighth line"),
 }
 
@@ -544,9 +509,11 @@ def test_too_long_says_by_how_many_tokens(files, checkpoint):
     task = task_of(files, checkpoint, "instructions")
     longest = max(len(teacher_prompt(task.chat, task.draw(random.Random(i)))) for i in range(20))
     assert task_of(files, checkpoint, "instructions", max_new_tokens=512 - longest).heldout
-    with pytest.raises(BadInput, match="teacher_prompt and 460 new tokens .* 512 positions by "):
+    with pytest.raises(
+        BadInput, match="train.jsonl:1: 27 tokens too many: shorten, or --max-new-tokens"
+    ):
         task_of(files, checkpoint, "instructions", max_new_tokens=460)
-    with pytest.raises(BadInput, match="512 positions by 1:"):
+    with pytest.raises(BadInput, match=": 1 tokens too many"):
         task_of(files, checkpoint, "instructions", max_new_tokens=513 - longest)
 
 
@@ -555,34 +522,39 @@ def test_too_long_counts_what_sft_imitates_shots_in_tokens_and_attempts(
 ):
     lines(files / "train.jsonl", [{"prompt": "a", "answer": "x" * 600}])
     assert task_of(files, checkpoint, "instructions").heldout
-    with pytest.raises(BadInput, match="train.jsonl:1: student_prompt and 601 new tokens exceed"):
+    with pytest.raises(BadInput, match="train.jsonl:1: 158 tokens too many"):
         task_of(files, checkpoint, "instructions", method="sft")
     rows = [{"prompt": f"{i}", "answer": "x" * 100} for i in range(4)]
     rows += [{"prompt": f"{i}!", "answer": "☕" * 90} for i in range(3)]
     lines(files / "train.jsonl", rows)  # fewer characters, three times the tokens
-    with pytest.raises(BadInput, match="exceed the model's 512 positions"):
+    with pytest.raises(BadInput, match="tokens too many"):
         task_of(files, checkpoint, "demonstrations", shots=2)
     template = "{prompt} {attempt}"
-    fifth = Kind("E", "feedback", None, 0.0, 0.0, template=template, needs=())
+    fifth = Kind("E", "feedback", None, 0.0, 0.0, template=template)
     monkeypatch.setitem(KINDS, "feedback", fifth)
     lines(files / "train.jsonl", ROWS)
     assert task_of(files, checkpoint, "feedback", max_new_tokens=230).heldout
-    with pytest.raises(BadInput, match="exceed the model's 512 positions"):
+    with pytest.raises(BadInput, match="tokens too many"):
         task_of(files, checkpoint, "feedback", max_new_tokens=250)  # the attempt, and the answer
 
 
 def test_what_leaks_is_a_warning(files, checkpoint, capsys):
-    lines(files / "heldout.jsonl", ROWS[3:5])
+    lines(files / "heldout.jsonl", [{"prompt": f"Tell me {i}?"} for i in range(6)] + ROWS[3:5])
     task_of(files, checkpoint, "instructions")
     err = capsys.readouterr().err
-    assert "2 held-out prompts are shown elsewhere" in err and "heldout.jsonl:1" in err
-    path = lines(files / "traces.jsonl", [{"prompt": "Tell me 1?", "solution": "2"}])
-    lines(files / "heldout.jsonl", [{"prompt": "Tell me 0?"}, {"prompt": "Tell me 1?"}])
-    task_of(files, checkpoint, "instructions", context_file=path)
-    err = capsys.readouterr().err
-    assert "1 held-out prompts are shown elsewhere" in err and "heldout.jsonl:2" in err
+    assert "heldout.jsonl:7 and 1 more held-out prompts are trained on as well" in err
+    lines(files / "heldout.jsonl", [{"prompt": f"Tell me {i}?"} for i in range(8)])
     task_of(files, checkpoint, "instructions")
     assert not capsys.readouterr().err
+
+
+def test_few_held_out_prompts_are_a_warning(files, checkpoint, capsys):
+    lines(files / "ten.jsonl", ROWS[:10])
+    path = str(files / "ten.jsonl")
+    for _ in range(2):
+        task_of(files, checkpoint, "instructions", prompts=path, heldout=None)
+    said = capsys.readouterr().err
+    assert said == f"warning: {path}: 1 held out, a score moves by 1.00 each\n"  # once
 
 
 def test_held_out_anchors_measure_the_drift(files, checkpoint):
@@ -596,7 +568,7 @@ def test_held_out_anchors_measure_the_drift(files, checkpoint):
     assert held == ["Hello 7.", "Hello 15."] and len(drawn) == 15 and not set(held) & set(drawn)
     assert texts(task, drawn["Bye."])[1].startswith(turn("system", "Brief."))
     assert len(set(texts(task, drawn["Hello 1."]))) == 1  # no C of the task's
-    assert task_of(files, checkpoint, "instructions").draw_anchor is None
+    assert task_of(files, checkpoint, "instructions").probes == {}
 
 
 def test_the_shipped_files_are_sound():

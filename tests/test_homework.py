@@ -1,17 +1,23 @@
 """The homework: what the student's copy holds, and whether the grader is just.
 
-Wrong answers are small changes of the reference (old text -> new text); each must lose points of its own question and of no
-other. Right answers written differently must lose none. A submission may do anything: the grader has to survive it.
+Wrong answers must lose points in the parts that they get wrong and nowhere else; right answers that look otherwise must lose none;
+a submission may do anything, and reaches nothing. See answers.py. By default a fifth of the wrong answers are judged, on the first
+part that they must lose; `-m slow` judges every one on all parts.
 """
 
 import ast
+import csv
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
+import zipfile
+import zlib
+from contextlib import nullcontext
 from xml.etree import ElementTree
 
 import pytest
@@ -19,513 +25,286 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
 import homework
+from answers import CHEATING, CHEATS, RIGHT, WRONG, bodies, changed, file_with
 from homework import (
     ASKED,
     CODE,
+    CODED,
     QUESTIONS,
     SHIPPED,
-    asked_for,
+    Student,
+    base,
     blank_out,
     blanks,
-    build,
+    fifth,
+    find,
     grade,
+    judge,
+    judge_code,
     make,
+    measure,
     merge,
+    merged,
     parse,
-    run_jobs,
     survivors,
 )
 
-CODED = ["q1", "q2", "q3", "q4", "q5"]
 REFERENCE = {name: (ROOT / name).read_text() for name in CODE}
-
-# ================================================================================================== wrong answers
-# fmt: off
-WRONG = [  # (question, file, what is wrong, old, new)
-    ("q1", "cosd.py", "forward KL in the wrong direction", "    return kl(log_p, log_q)", "    return kl(log_q, log_p)"),
-    ("q1", "cosd.py", "reverse KL in the wrong direction", "    return kl(log_q, log_p)", "    return kl(log_p, log_q)"),
-    ("q1", "cosd.py", "ratio of probabilities: underflow", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "(a * (a / log_b.exp()).log()).sum(-1)"),
-    ("q1", "cosd.py", "an epsilon in place of care", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "(a * ((a + 1e-8) / (log_b.exp() + 1e-8)).log()).sum(-1)"),
-    ("q1", "cosd.py", "0 · −inf", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "(a * (log_a - log_b)).sum(-1)"),
-    ("q1", "cosd.py", "the care comes after the product", "(a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "torch.where(a > 0, a * (log_a - log_b), 0.0).sum(-1)"),
-    ("q1", "cosd.py", "mean over the vocabulary", "torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "torch.where(a > 0, log_a - log_b, 0.0)).mean(-1)"),
-    ("q1", "cosd.py", "one number for the batch", "torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)", "torch.where(a > 0, log_a - log_b, 0.0)).sum()"),
-    ("q1", "cosd.py", "F.kl_div read forwards", "    return kl(log_p, log_q)", "    return F.kl_div(log_p, log_q, log_target=True, reduction='none').sum(-1)"),
-    ("q1", "cosd.py", "gradient into the teacher", "teacher_logits.detach().log_softmax", "teacher_logits.log_softmax"),
-    ("q1", "cosd.py", "bf16 stays bf16", ".log_softmax(-1, dtype=at_least_fp32), teacher", ".log_softmax(-1), teacher"),
-    ("q1", "cosd.py", "float64 cut to fp32", "return student_logits.log_softmax(-1, dtype=at_least_fp32)", "return student_logits.log_softmax(-1, dtype=torch.float32)"),
-    ("q1", "cosd.py", "softmax over the wrong axis", "return student_logits.log_softmax(-1,", "return student_logits.log_softmax(0,"),
-    ("q1", "cosd.py", "JSD with beta reversed", "log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta)", "log_q_safe + math.log(beta), log_p_safe + math.log1p(-beta)"),
-    ("q1", "cosd.py", "JSD with its weights reversed", "beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)", "(1 - beta) * kl(log_p, log_m) + beta * kl(log_q, log_m)"),
-    ("q1", "cosd.py", "JSD from the mixture", "beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)", "beta * kl(log_m, log_p) + (1 - beta) * kl(log_m, log_q)"),
-    ("q1", "cosd.py", "logits are mixed, not probabilities", "torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta))", "(beta * log_p_safe + (1 - beta) * log_q_safe).log_softmax(-1)"),
-    ("q1", "cosd.py", "the mixture is taken for a constant", "torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta))", "torch.logaddexp(log_p_safe + math.log(beta), log_q_safe + math.log1p(-beta)).detach() + 0 * log_q_safe"),
-    ("q2", "cosd.py", "shifted by one: the state at the token", "torch.tensor([len(p) - 1 for p in prompts]", "torch.tensor([min(len(p), ids.shape[1] - 1) for p in prompts]"),
-    ("q2", "cosd.py", "shifted by one the other way", "torch.tensor([len(p) - 1 for p in prompts]", "torch.tensor([max(len(p) - 2, 0) for p in prompts]"),
-    ("q2", "cosd.py", "cut at the longest prompt", "torch.tensor([len(p) - 1 for p in prompts]", "torch.tensor([min(max(map(len, prompts)), ids.shape[1] - mask.shape[1]) for p in prompts]"),
-    ("q2", "cosd.py", "EOS not scored", "row, j = mask.nonzero(as_tuple=True)", "row, j = mask[:, 1:].nonzero(as_tuple=True)"),
-    ("q2", "cosd.py", "prompt scored", "    return states[row, start[row] + j]", "    row = [i for i, c in enumerate(read) for _ in c]\n    return states[row, [t for c in read for t in range(len(c))]]"),
-    ("q2", "cosd.py", "column by column", "row, j = mask.nonzero(as_tuple=True)", "j, row = mask.T.nonzero(as_tuple=True)"),
-    ("q2", "cosd.py", "the prefix is forgotten", "states = model.hidden(tokens, cache)  # (B, T, D)\n    start", "states = model.hidden(tokens)\n    start"),
-    ("q2", "cosd.py", "no gradient", "    return states[row, start[row] + j]", "    return states.detach()[row, start[row] + j]"),
-    ("q2", "cosd.py", "mean over padded tokens", "scored / scored.sum().clamp(min=1)", "scored / scored.numel()"),
-    ("q2", "cosd.py", "sum for mean", "scored / scored.sum().clamp(min=1)", "scored"),
-    ("q2", "cosd.py", "batchmean over sequences", "scored / scored.sum().clamp(min=1)", "scored / len(scored)"),
-    ("q2", "cosd.py", "weights without a last token", "    scored[:, :skip] = 0", "    scored[:, :skip] = 0\n    scored = scored * F.pad(mask[:, 1:], (0, 1))"),
-    ("q2", "cosd.py", "emptied rows still count", "rows = (per_row > 0).sum()", "rows = torch.tensor(len(per_row))"),
-    ("q2", "cosd.py", "nothing left is NaN", "scored / scored.sum().clamp(min=1)", "scored / scored.sum()"),
-    ("q2", "cosd.py", "skip ignored", "    scored[:, :skip] = 0", "    pass"),
-    ("q2", "cosd.py", "skip keeps what it should leave out", "    scored[:, :skip] = 0", "    scored[:, skip:] = 0"),
-    ("q2", "cosd.py", "the mask is overwritten", "    scored[:, :skip] = 0", "    mask[:, :skip] = False\n    scored = mask.float()"),
-    ("q2", "cosd.py", "sequence means are summed", "per_row.clamp(min=1) / rows.clamp(min=1)", "per_row.clamp(min=1)"),
-    ("q2", "cosd.py", "padding read in place of the prompt", "p + row[: n - 1] for p, row, n", "row[: n - 1] + p for p, row, n"),
-    ("q3", "model.py", "a query does not see itself", "device=k.device) <= slots[..., None]", "device=k.device) < slots[..., None].clamp(min=1)"),
-    ("q3", "model.py", "a query sees the slot after its own", "device=k.device) <= slots[..., None]", "device=k.device) <= slots[..., None] + 1"),
-    ("q3", "model.py", "everything is visible", "device=k.device) <= slots[..., None]", "device=k.device) <= 0 * slots[..., None] + self.used"),
-    ("q3", "model.py", "written one slot too early", "self.values[layer][rows, :, slots] = v.transpose(1, 2)", "self.values[layer][rows, :, (slots - 1).clamp(min=0)] = v.transpose(1, 2)"),
-    ("q3", "model.py", "values are not stored", "            self.values[layer][rows, :, slots] = v.transpose(1, 2)\n", ""),
-    ("q3", "model.py", "the prefix is not attended to", "        if self.prefix is None:\n            return attend(q, keys", "        if True:\n            return attend(q, keys"),
-    ("q3", "model.py", "cache positions off by one under padding", "        cache.length = lengths  #", "        cache.length = lengths - 1  #"),
-    ("q3", "model.py", "the padding counts as read", "        cache.length = lengths  #", "        pass  #"),
-    ("q3", "model.py", "the first token is predicted from the padding", "device=device), lengths - 1][:, None]", "device=device), -1][:, None]"),
-    ("q3", "model.py", "EOS left out of the mask", "            mask.append(running)\n            running = running & ~torch.isin(token, eos_ids)", "            running = running & ~torch.isin(token, eos_ids)\n            mask.append(running)"),
-    ("q3", "model.py", "rows go on after EOS", "running = running & ~torch.isin(token, eos_ids)", "running = ~torch.isin(token, eos_ids)"),
-    ("q3", "model.py", "the first row to end stops all", "or not running.any()", "or not running.all()"),
-    ("q3", "model.py", "the batch never stops early", "or not running.any()", ""),
-    ("q3", "model.py", "one token too few", "len(tokens) == max_new_tokens or", "len(tokens) == max(max_new_tokens - 1, 1) or"),
-    ("q3", "model.py", "ended rows are not filled with 0", "tokens.append(token * running)", "tokens.append(token)"),
-    ("q3", "model.py", "greedy rollouts", "sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)", "sample(self.head(h)[:, 0], 0, top_k, top_p, generator)"),
-    ("q3", "model.py", "temperature left out", "sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)", "sample(self.head(h)[:, 0], float(temperature > 0), top_k, top_p, generator)"),
-    ("q3", "model.py", "temperature twice", "sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)", "sample(self.head(h)[:, 0] / max(temperature, 1e-3), temperature, top_k, top_p, generator)"),
-    ("q3", "model.py", "top-k left out", "sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)", "sample(self.head(h)[:, 0], temperature, None, top_p, generator)"),
-    ("q3", "model.py", "the generator is ignored", "sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)", "sample(self.head(h)[:, 0], temperature, top_k, top_p, None)"),
-    ("q3", "model.py", "the same random numbers for every token", "sample(self.head(h)[:, 0], temperature, top_k, top_p, generator)", "sample(self.head(h)[:, 0], temperature, top_k, top_p, generator and generator.clone_state())"),
-    ("q3", "model.py", "one call's keys are stored a second time", "        if k.shape[2] == self.capacity:\n            self.keys[layer], self.values[layer] = k, v\n", "        if k.shape[2] == self.capacity:\n            self.keys[layer], self.values[layer] = v, k\n"),
-    ("q3", "model.py", "only one call's keys are kept", "        if k.shape[2] == self.capacity:", "        if True:"),
-    ("q3", "model.py", "room that was never written is seen", "[:, :, : self.used]\n        values", "[:, :, : self.used] + 1\n        values"),
-    ("q4", "contexts.py", "the context in the student's prompt", "    system = [] if context is None else [SYSTEM, *encode(context)]", "    system = [SYSTEM, *encode(context or \"style plain\")]"),
-    ("q4", "contexts.py", "the teacher's prompt truncated", "else [SYSTEM, *encode(context)]", "else [SYSTEM, *encode(context)[:48]]"),
-    ("q4", "contexts.py", "the teacher's prompt truncated from the left", "return system + [USER, *encode(prompt), ASSISTANT]", "return (system + [USER, *encode(prompt), ASSISTANT])[-64:]"),
-    ("q4", "contexts.py", "no assistant header for the teacher", "return system + [USER, *encode(prompt), ASSISTANT]", "return system + [USER, *encode(prompt)] + [ASSISTANT] * (context is None)"),
-    ("q4", "contexts.py", "the context after the prompt", "return system + [USER, *encode(prompt), ASSISTANT]", "return [USER, *encode(prompt), *system, ASSISTANT]"),
-    ("q4", "contexts.py", "the context inside the user's turn", "return system + [USER, *encode(prompt), ASSISTANT]", "return [USER, *encode((context + ' ' if context else '') + prompt), ASSISTANT]"),
-    ("q4", "contexts.py", "markers in a text become markers", "return system + [USER, *encode(prompt), ASSISTANT]", "return system + [USER, *ENCODING.encode(prompt, allowed_special='all'), ASSISTANT]"),
-    ("q4", "contexts.py", "the prompt is not dressed", "dressed(template, row)\n    return Example", "as_turns(\"user\", row[\"prompt\"])\n    return Example"),
-    ("q4", "contexts.py", "shots are not dressed", "context += dressed(template, shot) + as_turns(\"assistant\", expert(shot))", "context += as_turns(\"user\", shot[\"prompt\"]) + as_turns(\"assistant\", expert(shot))"),
-    ("q4", "contexts.py", "shots are dressed with the prompt's own solution", "context += dressed(template, shot) + as_turns(\"assistant\", expert(shot))", "context += dressed(template, row | {\"prompt\": shot[\"prompt\"]}) + as_turns(\"assistant\", expert(shot))"),
-    ("q4", "contexts.py", "the expert's demonstration is not shown", "context += dressed(template, shot) + as_turns(\"assistant\", expert(shot))", "context += dressed(template, shot) + as_turns(\"assistant\", shot[\"answer\"])"),
-    ("q4", "contexts.py", "the prompt before its context", "    context = as_turns(\"system\", text or None) + turns\n", "    context = dressed(template, row) + as_turns(\"system\", text or None) + turns\n"),
-    ("q4", "contexts.py", "example turns dropped", "    context = as_turns(\"system\", text or None) + turns\n", "    context = as_turns(\"system\", text or None)\n"),
-    ("q4", "contexts.py", "earlier turns of the prompt dropped", "    return [*earlier, last]\n", "    return [last]\n"),
-    ("q4", "contexts.py", "shots without their answers", "context += dressed(template, shot) + as_turns(\"assistant\", expert(shot))", "context += dressed(template, shot)"),
-    ("q4", "contexts.py", "shots before the example turns", "context += dressed(template, shot) + as_turns(\"assistant\", expert(shot))", "context = dressed(template, shot) + as_turns(\"assistant\", expert(shot)) + context"),
-    ("q4", "contexts.py", "the system turn after the example turns", "    context = as_turns(\"system\", text or None) + turns\n", "    context = turns + as_turns(\"system\", text or None)\n"),
-    ("q4", "contexts.py", "an empty system turn", "    context = as_turns(\"system\", text or None) + turns\n", "    context = as_turns(\"system\", text) + turns\n"),
-    ("q4", "contexts.py", "every turn of the prompt is dressed", "    return [*earlier, last]\n", "    if '{prompt}' in template:\n        earlier = [t | {'content': fill(template, values | {'prompt': t['content']})} for t in earlier]\n    return [*earlier, last]\n"),
-    ("q4", "contexts.py", "the first turn is dressed", "*earlier, last = as_turns(\"user\", row[\"prompt\"])", "last, *earlier = as_turns(\"user\", row[\"prompt\"])"),
-    ("q4", "contexts.py", "a line's own context is not shown", "as_turns(\"system\", row.get(\"context\", context))", "as_turns(\"system\", context)"),
-    ("q4", "contexts.py", "the system turn is not dressed", "        text = fill(template, {\"context\": text}).strip()\n", "        pass\n"),
-    ("q4", "contexts.py", "the expert is imitated and graded alike", "row.get(\"answer\", said), said, asked", "said, said, asked"),
-    ("q4", "contexts.py", "the student reads the teacher's prompt", "return Example(kind, context or None, row[\"prompt\"],", "return Example(kind, context or None, asked,"),
-    ("q5", "cosd.py", "teacher not detached", "teacher_head = rows.scorer.model.head.weight.detach()", "teacher_head = rows.scorer.model.head.weight"),
-    ("q5", "cosd.py", "the student's head for the teacher", "teacher_head = rows.scorer.model.head.weight.detach()", "teacher_head = student.head.weight.detach()"),
-    ("q5", "cosd.py", "the teacher does not see the context", "        h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)\n        teacher_head", "        h_t = rows.scorer.states(rows.prompts, rows.ids, rows.mask)  # (n, D)\n        teacher_head"),
-    ("q5", "cosd.py", "the context in the student's prompt", "h_s = shared_states(student, rows.prompts, rows.ids, rows.mask)  # (n, D)\n    h_t, teacher_head", "h_s = shared_states(student, rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)\n    h_t, teacher_head"),
-    ("q5", "cosd.py", "no gradient to the student", "h_s = shared_states(student, rows.prompts, rows.ids, rows.mask)  # (n, D)\n    h_t, teacher_head", "h_s = shared_states(student, rows.prompts, rows.ids, rows.mask).detach().requires_grad_()  # (n, D)\n    h_t, teacher_head"),
-    ("q5", "cosd.py", "the student is its own teacher", "        h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)\n        teacher_head", "        h_t = Teacher(student, 'live').states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)\n        teacher_head"),
-    ("q5", "cosd.py", "gradient into the teacher's states", "        h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)\n        teacher_head", "        h_t = shared_states(rows.scorer.model, rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)\n        teacher_head"),
-    ("q5", "cosd.py", "mean in place of the weights", "        loss, h = (weights * d).sum(), entropy(student_logits)", "        loss, h = d.mean(), entropy(student_logits)"),
-    ("q5", "cosd.py", "sum in place of the weights", "        loss, h = (weights * d).sum(), entropy(student_logits)", "        loss, h = d.sum(), entropy(student_logits)"),
-    ("q5", "cosd.py", "mean of the weighted values", "        loss, h = (weights * d).sum(), entropy(student_logits)", "        loss, h = (weights * d).mean(), entropy(student_logits)"),
-    ("q5", "cosd.py", "weights made to sum to one for every part", "        loss, h = (weights * d).sum(), entropy(student_logits)", "        loss, h = (weights * d).sum() / weights.sum(), entropy(student_logits)"),
-    ("q5", "cosd.py", "the loss has no graph", "        loss, h = (weights * d).sum(), entropy(student_logits)", "        loss, h = (weights * d).sum().detach(), entropy(student_logits)"),
-    ("q5", "cosd.py", "a temperature squared before the loss", "        loss, h = (weights * d).sum(), entropy(student_logits)", "        d = d * 2.0**2\n        loss, h = (weights * d).sum(), entropy(student_logits)"),
-    ("q5", "cosd.py", "teacher and student change places", "d = rows.objective(student_logits, teacher_logits, tokens)  # (n,)\n        loss", "d = rows.objective(teacher_logits, student_logits, tokens)  # (n,)\n        loss"),
-    ("q5", "cosd.py", "always forward KL", "d = rows.objective(student_logits, teacher_logits, tokens)  # (n,)\n        loss", "d = forward_kl(student_logits, teacher_logits)\n        loss"),
-    ("q5", "cosd.py", "temperature in the student's logits", "d = rows.objective(student_logits, teacher_logits, tokens)  # (n,)\n        loss", "d = rows.objective(student_logits / 2, teacher_logits, tokens)  # (n,)\n        loss"),
-    ("q5", "cosd.py", "chunks lose the weights", "h_s, student.head.weight, h_t, teacher_head, tokens, rows.objective, weights, chunk\n", "h_s, student.head.weight, h_t, teacher_head, tokens, rows.objective, weights * 0 + 1, chunk\n"),
-    ("q5", "cosd.py", "chunks of another objective", "h_s, student.head.weight, h_t, teacher_head, tokens, rows.objective, weights, chunk\n", "h_s, student.head.weight, h_t, teacher_head, tokens, cross_entropy, weights, chunk\n"),
-    ("q5", "cosd.py", "chunks leave the student's head out", "h_s, student.head.weight, h_t, teacher_head, tokens, rows.objective, weights, chunk\n", "h_s, student.head.weight.detach(), h_t, teacher_head, tokens, rows.objective, weights, chunk\n"),
-    ("q5", "cosd.py", "a teacher always", "    if rows.scorer is not None:\n        h_t", "    if True:\n        h_t"),
-    ("q5", "cosd.py", "the log keeps the graph", "    return loss, {\"loss\": loss.detach(), \"entropy\": (weights * h).sum()}", "    return loss, {\"loss\": loss, \"entropy\": (weights * h).sum()}"),
-    ("q5", "cosd.py", "the mean entropy is logged, whatever the weights", "    return loss, {\"loss\": loss.detach(), \"entropy\": (weights * h).sum()}", "    return loss, {\"loss\": loss.detach(), \"entropy\": h.mean()}"),
-    ("q5", "cosd.py", "backward is called here", "    return loss, {\"loss\": loss.detach(), \"entropy\": (weights * h).sum()}", "    loss.backward(retain_graph=True)\n    return loss, {\"loss\": loss.detach(), \"entropy\": (weights * h).sum()}"),
-    ("q5", "cosd.py", "the weights are changed in place", "    return loss, {\"loss\": loss.detach(), \"entropy\": (weights * h).sum()}", "    rows.weights.div_(2)\n    return loss, {\"loss\": loss.detach(), \"entropy\": (weights * h).sum()}"),
-    ("q5", "cosd.py", "the likeliest token's probability", "q.gather(-1, tokens)[:, 0], p.gather(-1, tokens)[:, 0]", "q.amax(-1), p.amax(-1)"),
-]
-# fmt: on
-
-# ================================================================================================== right answers
-RIGHT = [  # (question, file, function, what is different, what the student writes there, and beside it)
-    (
-        "q1",
-        "cosd.py",
-        "forward_kl",
-        "F.kl_div, whose arguments read backwards",
-        """
-        never = log_p.isneginf()
-        return F.kl_div(log_q.masked_fill(never, 0), log_p.masked_fill(never, -1e30), reduction="none", log_target=True).sum(-1)""",
-        "",
-    ),
-    (
-        "q1",
-        "cosd.py",
-        "kl",
-        "einsum",
-        """
-        a, zero = log_a.exp(), torch.zeros(())
-        return torch.einsum("...v,...v->...", a, torch.where(a > 0, log_a - log_b, zero.to(a)))""",
-        "",
-    ),
-    (
-        "q1",
-        "cosd.py",
-        "kl",
-        "cross-entropy less entropy",
-        """
-        a = torch.exp(log_a)
-        crossed, own = (-(a * x.masked_fill(a == 0, 0)).sum(-1) for x in (log_b, log_a))
-        return crossed - own""",
-        "",
-    ),
-    (
-        "q1",
-        "cosd.py",
-        "log_softmax_pair",
-        "logsumexp by hand, no_grad for the teacher",
-        """
-        student_logits = student_logits.to(at_least_fp32)
-        with torch.no_grad():
-            log_p = teacher_logits.to(at_least_fp32) - teacher_logits.to(at_least_fp32).logsumexp(-1, keepdim=True)
-        return student_logits - student_logits.logsumexp(-1, keepdim=True), log_p""",
-        "",
-    ),
-    (
-        "q1",
-        "cosd.py",
-        "jsd",
-        "logsumexp of a stack, in a helper with a constant and an import of its own",
-        """
-        return (1 - beta) * kl(log_q, mixed(log_p, log_q, beta)) + beta * kl(log_p, mixed(log_p, log_q, beta))""",
-        """
-        from math import log as LN
-
-        TINY = -1e30
-
-        def mixed(log_p, log_q, beta):
-            a, b = log_p.clamp(min=TINY), log_q.clamp(min=TINY)
-            return torch.stack([a + LN(beta), b + LN(1 - beta)]).logsumexp(0)""",
-    ),
-    (
-        "q2",
-        "cosd.py",
-        "completion_states",
-        "row by row",
-        """
-        rows = []
-        for prompt, tokens, here in zip(prompts, ids, mask):
-            whole = torch.tensor([[*prompt, *tokens[here][:-1].tolist()]])
-            cache = None if prefix is None else KVCache(model.config, *whole.shape, prefix)
-            rows.append(model.hidden(whole, cache)[0, len(prompt) - 1 :])
-        return torch.cat(rows)""",
-        "",
-    ),
-    (
-        "q2",
-        "cosd.py",
-        "completion_states",
-        "the last token is read too, a mask over all positions",
-        """
-        n = mask.sum(1)
-        tokens = pad_right([list(p) + y[m].tolist() for p, y, m in zip(prompts, ids, mask)])
-        first = torch.tensor([[len(p) - 1] for p in prompts])
-        cache = KVCache(model.config, *tokens.shape, prefix) if prefix else None
-        t = torch.arange(tokens.shape[1])
-        return model.hidden(tokens, cache)[(t >= first) & (t < first + n[:, None])]""",
-        "",
-    ),
-    (
-        "q2",
-        "cosd.py",
-        "token_weights",
-        "a loop over rows",
-        """
-        scored = mask.float() * (torch.arange(mask.shape[1]) >= skip)
-        if reduction == "token":
-            return scored / max(scored.sum().item(), 1)
-        rows = [row / row.sum() if row.any() else row for row in scored]
-        return torch.stack(rows) / max(1, sum(bool(row.any()) for row in scored))""",
-        "",
-    ),
-    (
-        "q3",
-        "model.py",
-        "KVCache.attend",
-        "scatter, and attention written out",
-        """
-        if self.keys[layer] is None and k.shape[2] < self.capacity:
-            shape = (*k.shape[:2], self.capacity, k.shape[3])
-            self.keys[layer], self.values[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        if k.shape[2] < self.capacity:
-            where = slots.expand(len(k), -1)[:, None, :, None].expand_as(k)
-            self.keys[layer].scatter_(2, where, k)
-            self.values[layer].scatter_(2, where, v)
-        else:
-            self.keys[layer], self.values[layer] = k, v
-        keys = self.keys[layer][:, :, : self.used]
-        values = self.values[layer][:, :, : self.used]
-        seen = torch.arange(self.used)[None, None] <= slots[:, :, None]
-        if self.prefix:
-            held = self.prefix.keys[layer], self.prefix.values[layer]
-            keys, values = (torch.cat([p.expand(len(k), -1, -1, -1), x], 2) for p, x in zip(held, (keys, values)))
-            seen = F.pad(seen, (self.offset, 0), value=True)
-        keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (keys, values))
-        scores = q @ keys.mT / math.sqrt(q.shape[-1])
-        return scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ values""",
-        "",
-    ),
-    (
-        "q3",
-        "model.py",
-        "GPT.generate",
-        "a for loop, and what it calls",
-        """
-        h = last_states(self.hidden(ids, cache), lengths)
-        cache.length = cache.length - (L - lengths)
-        out, seen, alive = torch.zeros(B, max_new_tokens, dtype=torch.long), torch.zeros(B, max_new_tokens).bool(), torch.full((B,), True)
-        for i in range(max_new_tokens):
-            chosen = sample(self.head(h), temperature, top_k, top_p, generator)
-            out[:, i], seen[:, i] = torch.where(alive, chosen, 0), alive
-            alive = alive & ~(chosen[:, None] == eos_ids[None]).any(1)
-            if not alive.any() or i + 1 == max_new_tokens:
-                return out[:, : i + 1], seen[:, : i + 1]
-            h = self.hidden(out[:, i : i + 1], cache)[:, 0]""",
-        """
-        def last_states(h, lengths):
-            return torch.stack([row[n - 1] for row, n in zip(h, lengths.tolist())])""",
-    ),
-    (
-        "q4",
-        "contexts.py",
-        "render",
-        "a list that grows",
-        """
-        ids = []
-        if context is not None:
-            ids.append(SYSTEM)
-            ids.extend(encode(context))
-        ids += [USER] + encode(prompt)
-        ids.append(ASSISTANT)
-        return ids""",
-        "",
-    ),
-    (
-        "q4",
-        "contexts.py",
-        "dressed",
-        "a copy whose last turn is replaced",
-        """
-        turns = [dict(turn) for turn in as_turns("user", row["prompt"])]
-        if "{prompt}" in template:
-            text = turns[-1]["content"]
-            turns[-1]["content"] = fill(template, {**row, "prompt": text, "attempt": attempt})
-        return turns""",
-        "",
-    ),
-    (
-        "q4",
-        "contexts.py",
-        "file_example",
-        "one list of turns, by a helper",
-        """
-        said = row["context"] if "context" in row else context
-        system, turns = split_system(as_turns("system", said))
-        words = "".join(system)
-        if template.count("{context}"):
-            words = fill(template, dict(context=words)).strip()
-        shown = ([say("system", words)] if words else []) + turns
-        for shot in shots:
-            shown = [*shown, *dressed(template, shot), say("assistant", expert(shot))]
-        wanted = row["answer"] if "answer" in row else expert(row)
-        return Example(kind=kind, context=shown or None, prompt=row["prompt"], answer=wanted,
-                       expert=expert(row), asked=dressed(template, row), row=row)""",
-        """
-        def say(role, content):
-            return {"role": role, "content": content}""",
-    ),
-    (
-        "q5",
-        "cosd.py",
-        "cosd_loss",
-        "always by chunks, one as long as everything",
-        """
-        h_t, head_t = None, None
-        if rows.scorer is not None:
-            h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)
-            head_t = rows.scorer.model.head.weight
-        h_s = completion_states(student, rows.prompts, rows.ids, rows.mask)
-        given = h_s, student.head.weight, h_t, head_t, tokens, rows.objective, weights
-        loss, _, entropies = chunked_objective(*given, chunk or len(tokens))
-        return loss, {"loss": loss.detach(), "entropy": entropies @ weights.to(entropies)}""",
-        "",
-    ),
-    (
-        "q5",
-        "cosd.py",
-        "cosd_loss",
-        "chunks by hand, the loss as an inner product",
-        """
-        h_s, h_t = shared_states(student, rows.prompts, rows.ids, rows.mask), None
-        if rows.scorer is not None:
-            h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)
-        values, entropies = [], []
-        for i in range(0, len(weights), chunk or len(weights)):
-            here = slice(i, i + (chunk or len(weights)))
-            with torch.no_grad():
-                theirs = None if h_t is None else rows.scorer.model.head(h_t[here])
-            ours = student.head(h_s[here])
-            values.append(rows.objective(ours, theirs, tokens[here]))
-            entropies.append(entropy(ours))
-        d, h = torch.cat(values), torch.cat(entropies)
-        loss = torch.einsum("n,n->", weights.to(d.dtype), d)
-        log = {"loss": loss, "entropy": (weights * h).sum()}
-        return loss, {name: value.detach() for name, value in log.items()}""",
-        "",
-    ),
-]
-
-
-def changed(file, old, new):
-    assert REFERENCE[file].count(old) == 1, f"{file} has {REFERENCE[file].count(old)} of: {old}"
-    return REFERENCE[file].replace(old, new)
-
-
-def filled_in(file, function, body, beside):
-    """The reference with another body (or its end) of one function, and new top-level names before it or its class."""
-    lines = REFERENCE[file].splitlines()
-    (blank,) = [b for b in blanks(file, REFERENCE[file]) if b.asked.function == function]
-    lines[blank.first - 1 : blank.last] = textwrap.indent(
-        textwrap.dedent(body).strip("\n"), blank.indent
-    ).splitlines()
-    before = next(
-        i
-        for i, line in enumerate(lines)
-        if re.match(rf"(def|class) {function.partition('.')[0]}\b", line)
-    )
-    lines[before:before] = (
-        [*textwrap.dedent(beside).strip("\n").splitlines(), "", ""] if beside else []
-    )
-    return "\n".join(lines) + "\n"
+SECONDS = 1.5  # of a case, here
+HANGING = {
+    "the garbage collector's list of functions",
+    "an endless loop",
+    "an endless sleep",
+    "a flood of words",
+    "all of the memory",
+}
+SLOW = pytest.mark.slow
+SEED = 3
 
 
 # ================================================================================================= is it just?
 @pytest.fixture(scope="module")
-def graded(tmp_path_factory):
-    """Every answer, tested in one process for all: {(question, what): result}."""
-    answers = []
-    for question, file, what, old, new in WRONG:
-        if REFERENCE[file].count(old) == 1:  # else its own test says so
-            answers.append((question, file, what, changed(file, old, new)))
-    wrong = len(answers)
-    answers += [
-        (
-            question,
-            QUESTIONS[question].files[0],
-            "reference",
-            REFERENCE[QUESTIONS[question].files[0]],
-        )
-        for question in CODED
-    ]
-    for question, file, function, what, body, beside in RIGHT:
-        answers.append((question, file, what, filled_in(file, function, body, beside)))
-    folder, jobs = tmp_path_factory.mktemp("answers"), []
-    for number, (question, file, _, text) in enumerate(answers):
-        submission, project = folder / f"submission{number}", folder / f"project{number}"
-        submission.mkdir(), project.mkdir()
-        (submission / file).write_text(text)
-        build(submission, question, project)
-        job = {"folder": str(project), "question": question, "seed": number}
-        jobs.append(job | {"maxfail": int(number < wrong), "assert": "plain"})
-    results, ended, said = run_jobs(jobs, 300, folder)
-    assert len(results) == len(jobs), f"{ended}\n{said}"
-    return {(question, what): result for (question, _, what, _), result in zip(answers, results)}
+def students():
+    """One process a question, for all the answers here; the grader starts one for each submission."""
+    open_now = {}
 
-
-def points(result):
-    return sum(test["score"] for test in result["tests"])
-
-
-@pytest.mark.parametrize(
-    "question, file, what, old, new", WRONG, ids=[f"{w[0]}: {w[2]}" for w in WRONG]
-)
-def test_a_wrong_answer_loses_points_of_its_question_alone(question, file, what, old, new, graded):
-    answer = changed(file, old, new)
-    result = graded[question, what]
-    assert result["status"] == 1 and not result["broken"]
-    assert points(result) < QUESTIONS[question].points
-    for other in CODED:  # the other questions get a project without a trace of it
-        wanted = asked_for(other, file)
-        if other != question and wanted:
-            assert (
-                merge(REFERENCE[file], *parse(file, answer.encode()), wanted, file)
-                == REFERENCE[file]
+    def of(question):
+        if question not in open_now:
+            open_now[question] = (
+                Student(question, SECONDS).__enter__(),
+                judge.cases_of(question, SEED),
             )
+        return open_now[question]
+
+    yield of
+    for student, _ in open_now.values():
+        student.__exit__()
+
+
+@pytest.fixture
+def judged(students, tmp_path):
+    """(question, text of its file, numbers of the parts or all) -> {part: result}."""
+
+    def run(question, text, numbers=""):
+        (name,) = QUESTIONS[question].files
+        (tmp_path / name).write_text(text)
+        student, parts = students(question)
+        student.load(*merged(tmp_path, question))
+        chosen = [parts[int(n) - 1] for n in numbers] or parts
+        return {part["name"]: part for part in judge_code(student, chosen, SEED)}
+
+    return run
+
+
+def lost(results):
+    return "".join(
+        str(1 + i)
+        for i, part in enumerate(p for p in judge.PARTS if p.name in results)
+        if results[part.name]["score"] < part.points
+    )
+
+
+NAMES = [f"{w[0]}: {w[1]}" for w in WRONG]
+
+
+def thinned(answers, every):
+    """All of them, but most are slow: a fifth of the wrong answers and a third of the right ones are tried by default."""
+    return [pytest.param(*a, marks=[SLOW] * bool(i % every)) for i, a in enumerate(answers)]
+
+
+@pytest.mark.parametrize("question, what, parts, old, new", thinned(WRONG, 5), ids=NAMES)
+def test_a_wrong_answer_loses_points(question, what, parts, old, new, judged):
+    """On the first part that it must lose; and says why."""
+    (part,) = judged(question, changed(question, old, new), parts[:1]).values()
+    assert part["score"] < part["points"] and all(part["reasons"])
+
+
+@SLOW
+@pytest.mark.parametrize("question, what, parts, old, new", WRONG, ids=NAMES)
+def test_a_wrong_answer_loses_exactly_its_parts(question, what, parts, old, new, judged):
+    assert lost(judged(question, changed(question, old, new))) == parts
+
+
+@pytest.mark.parametrize("question", CODED)
+def test_the_reference_gets_all_points(question, judged):
+    found = judged(question, REFERENCE[QUESTIONS[question].files[0]])
+    assert [part for part in found.values() if part["reasons"]] == []
+    assert sum(part["score"] for part in found.values()) == QUESTIONS[question].points
+
+
+@SLOW
+@pytest.mark.parametrize("question", CODED)
+def test_the_model_answer_gets_all_points(question, judged):
+    found = judged(question, file_with(question, bodies(question)))
+    assert [part for part in found.values() if part["reasons"]] == []
 
 
 @pytest.mark.parametrize(
-    "question, what", [*((q, "reference") for q in CODED), *((r[0], r[3]) for r in RIGHT)], ids=str
+    "question, what, own, beside", thinned(RIGHT, 3), ids=[f"{r[0]}: {r[1]}" for r in RIGHT]
 )
-def test_the_reference_and_right_answers_that_look_otherwise(question, what, graded):
-    result = graded[question, what]
-    assert [test for test in result["tests"] if test["reason"]] == [] and result["status"] == 0
-    assert points(result) == QUESTIONS[question].points
+def test_right_answers_that_look_otherwise(question, what, own, beside, judged):
+    found = judged(question, file_with(question, bodies(question, own), beside))
+    assert [part for part in found.values() if part["reasons"]] == []
+
+
+def test_a_reason_says_where(judged):
+    """Positions for the shift, rows and tokens for rollouts, turns for contexts."""
+    known = {w[:2]: w for w in WRONG}
+    for question, what, says in (
+        (
+            "q2",
+            "shifted by one the other way",
+            r"position \d+ of row \d; it is predicted at position",
+        ),
+        ("q2", "EOS not scored", r"shape \(\d+, 16\), should have \(\d+, 16\)"),
+        ("q3", "the padding counts as read", r"row \d \(a prompt of \d+ tokens\)"),
+        ("q4", "example turns dropped", "has the turns"),
+    ):
+        _, _, parts, old, new = known[question, what]
+        found = judged(question, changed(question, old, new), parts[:1])
+        reasons = [reason for part in found.values() for reason in part["reasons"]]
+        assert any(re.search(says, reason) for reason in reasons), reasons
 
 
 def test_there_are_enough_of_both():
-    assert (
-        len(WRONG) >= 30
-        and len(RIGHT) >= 8
-        and {w[0] for w in WRONG} == {r[0] for r in RIGHT} == set(CODED)
+    questions = [w[0] for w in WRONG]
+    assert len(WRONG) >= 150 and len(RIGHT) >= 18 and len(CHEATS) >= 30
+    assert set(questions) == {r[0] for r in RIGHT} == set(CODED)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@SLOW
+def test_other_numbers_are_as_just(students):
+    """Every part, drawn again with other seeds, takes the reference."""
+    for question in CODED:
+        student, _ = students(question)
+        for seed in (11, 12):
+            parts = judge.cases_of(question, seed)
+            found = judge_code(student_with_reference(student, question), parts, seed)
+            assert [part for part in found if part["reasons"]] == []
+
+
+def student_with_reference(student, question):
+    (name,) = QUESTIONS[question].files
+    text = REFERENCE[name]
+    student.load(
+        merge(
+            homework.given(name), text, ast.parse(text), homework.asked_for(question, name), name
+        ),
+        [],
     )
+    return student
+
+
+# ========================================================================================================= what it may do
+def cheating(question, function, arguments, body):
+    """The model answer, in which one function looks elsewhere."""
+    (name,) = QUESTIONS[question].files
+    text = textwrap.dedent(body).strip("\n")
+    told = f'global here, given\nhere, given = "{function}", {arguments}\n'
+    beside = CHEATING.format(module=name.removesuffix(".py"), root=str(ROOT))
+    code = "\nCODE = b''\n"
+    return file_with(question, bodies(question) | {function: told + text + "\n"}, beside + code)
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[SLOW] * (what in HANGING)) for what in CHEATS]
+)
+def test_a_cheat_gets_nothing_and_costs_nothing_else(what, judged):
+    """The parts that ask for `render` are lost, the others are not; and who comes next is judged as ever."""
+    found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]), "14")
+    assert [part["score"] for part in found.values()] == [0, 1]
+    again = judged("q4", file_with("q4", bodies("q4")), "1")
+    assert [part["score"] for part in again.values()] == [2]
+
+
+@SLOW
+@pytest.mark.parametrize("what", CHEATS)
+def test_a_cheat_gets_nothing_in_any_question(what, judged):
+    found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]))
+    assert [part["score"] for part in found.values()] == [0, 0, 0, 1, 2, 2]
+    found = judged("q1", cheating("q1", "kl", "(log_a, log_b)", CHEATS[what]), "12345")
+    assert sum(part["score"] for part in found.values()) == 0
+    arguments = "(model, prompts, ids, mask, prefix)"
+    found = judged("q2", cheating("q2", "completion_states", arguments, CHEATS[what]))
+    assert [part["score"] for part in found.values()] == [0, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("how", ["while True: pass", "os._exit(0)", "bytearray(2**34)"])
+def test_a_case_that_hangs_or_leaves_costs_its_own_points(how, judged):
+    body = bodies("q4")["render"]
+    body = f"import os\nif context == '':\n    {how}\n" + body
+    found = judged("q4", file_with("q4", bodies("q4") | {"render": body}))
+    reasons = [reason for part in found.values() for reason in part["reasons"]]
+    assert len(reasons) == 1 and sum(part["score"] for part in found.values()) > 9.5
+
+
+def test_what_the_students_process_can_see(students, tmp_path):
+    """Nothing of this project, neither in files nor in memory."""
+    student, _ = students("q4")
+    seen = """
+        import os, sys
+        found = {"argv": sys.argv, "path": sys.path, "environment": sorted(os.environ), "modules": sorted(sys.modules)}
+        found["user"], found["parent"] = os.getuid(), os.getppid()
+        try:
+            found["files"] = os.listdir("/")
+        except OSError:
+            found["files"] = []
+        main = sys.modules["__main__"]
+        found["main"] = sorted(vars(main))
+        found["standins"] = sorted(main.STANDINS)
+        return found"""
+    text = file_with("q4", bodies("q4") | {"render": textwrap.dedent(seen).strip("\n") + "\n"})
+    (tmp_path / "contexts.py").write_text(text)
+    student.load(*merged(tmp_path, "q4"))
+    found = student.ask("q4_render", dict(context=None, prompt="x"))["out"]
+    assert found["argv"] == ["-c"] and found["path"] == [] and found["standins"] == []
+    assert not {"judge", "homework", "cosd", "train", "pytest"} & set(found["modules"])
+    assert not any("plain_" in name for name in found["main"])
+    assert str(ROOT) not in json.dumps(found)
+    assert {"PYTEST_CURRENT_TEST", "PWD", "OLDPWD"}.isdisjoint(found["environment"])
+    assert found["files"] == [] or os.geteuid()
+    assert found["user"] != 0 or os.geteuid()
+
+
+def test_stand_ins_are_those_of_other_questions():
+    """And each question's process has the project without any answer."""
+    for question, (functions, _, _) in homework.STANDINS.items():
+        asked = {a.function for a in ASKED if a.question == question}
+        texts = [homework.given(name) for name in homework.BESIDE.get(question, ())]
+        for text in texts:
+            assert text.count("raise NotImplementedError") >= 2
+        if question == "q2":
+            assert "states" not in functions and "completion_states" in asked
 
 
 # ============================================================================================ the student's copy
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copy") / "homework"
-    make(folder)
+    make(folder, bases=folder / "none")
     return folder
 
 
 def test_what_is_asked_for_is_as_it_should_be():
-    """A hint fits into a string and on a line; a blank is short; what is asked for is one file a question."""
+    """A hint fits into a string; a blank is short; what is asked for is one file a question."""
     for file in CODE:
         for blank in blanks(file, REFERENCE[file]):
             hint = blank.asked.hint
-            assert '"' not in hint and "\\" not in hint and blank.last - blank.first < 24
+            assert '"' not in hint and "\\" not in hint and blank.last - blank.first < 26
             assert QUESTIONS[blank.asked.question].files == (file,)
     assert {asked.question for asked in ASKED} == set(CODED)
     assert len({(asked.file, asked.function) for asked in ASKED}) == len(ASKED)
-    with pytest.raises(LookupError, match="kl has no statement"):
-        source = REFERENCE["cosd.py"].replace("return kl(log_p, log_q)", "pass")
-        blanks("cosd.py", source)
+    with pytest.raises(LookupError, match="forward_kl has no statement"):
+        blanks("cosd.py", REFERENCE["cosd.py"].replace("return kl(log_p, log_q)", "pass"))
+    with pytest.raises(LookupError, match="cosd.py has no function forward_kl any more"):
+        blanks("cosd.py", REFERENCE["cosd.py"].replace("def forward_kl(", "def forwards_kl("))
 
 
-def test_the_points_of_the_tests_are_those_of_the_table():
-    tree, found = (
-        ast.parse((ROOT / "tests" / "test_questions.py").read_text()),
-        dict.fromkeys(QUESTIONS, 0),
-    )
-    for call in (
-        d
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-        for d in node.decorator_list
-        if isinstance(d, ast.Call)
-    ):
-        if call.func.attr in found:
-            found[call.func.attr] += call.keywords[0].value.value
-    assert found == {name: question.points for name, question in QUESTIONS.items()}
+def test_the_points_are_those_of_the_table():
+    for question in CODED:
+        points = sum(part.points for part in judge.PARTS if part.question == question)
+        assert points == QUESTIONS[question].points
     assert sum(q.points + q.by_hand for name, q in QUESTIONS.items() if name != "q8") == 100
 
 
@@ -536,13 +315,11 @@ def test_points_and_lines_of_the_handout():
     sections = dict(re.findall(r"^## (q\d)\b(.*?)(?=^## |\Z)", handout, re.M | re.S))
     assert sections.keys() == QUESTIONS.keys()
     for name, question in QUESTIONS.items():
-        assert f"({question.points + question.by_hand} points" in sections[
-            name
-        ] and " minutes. Hand in " in sections[name].replace("\n", " ")
-        assert all(f"`{file}`" in sections[name] for file in question.files)
-        assert all(part in sections[name] for part in ("*Hint.*", "*Low on resources?*")) and (
-            name == "q8" or "*Numbers.*" in sections[name]
-        )
+        text = sections[name]
+        assert f"({question.points + question.by_hand} points" in text
+        assert " minutes. Hand in " in text.replace("\n", " ")
+        assert all(f"`{file}`" in text for file in question.files)
+        assert "*Hint.*" in text and "*Low on resources?*" in text
         to_write = []
         for file in CODE:
             lines = REFERENCE[file].splitlines()
@@ -551,12 +328,11 @@ def test_points_and_lines_of_the_handout():
                     to_write += lines[blank.first - 1 : blank.last]
         to_write = [line for line in to_write if not line.strip().startswith("#")]
         if to_write:
-            said = int(re.search(r" (\d+) lines, ", sections[name])[1])
-            assert abs(said - len(to_write)) <= 2, f"{name}: {len(to_write)} lines"
+            said = int(re.search(r" (\d+) lines, ", text)[1])
+            assert abs(said - len(to_write)) <= 4, f"{name}: {len(to_write)} lines"
     (code,) = re.findall(r"```python\n(.*?)```", handout, re.S)
-    assert subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    ).stdout.startswith(re.search(r"# (0\.\d+)\n", code)[1])
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.startswith(re.search(r"# (0\.\d+)\n", code)[1]), said.stderr
 
 
 def test_the_copy_is_the_project_less_the_solutions(copy):
@@ -566,123 +342,142 @@ def test_the_copy_is_the_project_less_the_solutions(copy):
     for file in CODE:
         text, gone = blank_out(file, REFERENCE[file])
         removed += gone
-        assert (copy / file).read_text() == text
-        ours, theirs = (ast.parse(t) for t in (REFERENCE[file], text))
-        assert [ast.get_docstring(n) for n in homework.functions(ours).values()] == [
-            ast.get_docstring(n) for n in homework.functions(theirs).values()
+        ours, theirs = (
+            homework.functions(ast.parse(t)) for t in (REFERENCE[file], (copy / file).read_text())
+        )
+        assert [ast.unparse(n.args) for n in ours.values()] == [
+            ast.unparse(n.args) for n in theirs.values()
         ]
-        assert [ast.unparse(n.args) for n in homework.functions(ours).values()] == [
-            ast.unparse(n.args) for n in homework.functions(theirs).values()
-        ]
+        if file != "cosd.py":
+            assert (copy / file).read_text() == text
     assert len(removed) > 50 and survivors(copy, removed) == []
-    assert (
-        "The first five minutes" in (copy / "README.md").read_text()
-        and "solutions" not in (copy / "notebooks" / "homework.md").read_text()
-    )
-    assert not any(
-        line in path.read_text()
-        for line in removed
-        if len(line.strip()) >= 24
-        for path in copy.rglob("*.*")
-    )
+    assert "The first five minutes" in (copy / "README.md").read_text()
+    assert "solutions" not in (copy / "notebooks" / "homework.md").read_text()
 
 
-def test_a_survivor_is_found_wherever_it_hides(copy, tmp_path):
+def test_the_copy_gives_nothing_else_away(copy):
+    """The gradients that q1.md derives, definitions that are answers, model settings."""
+    cosd = (copy / "cosd.py").read_text()
+    for name in ("forward_kl", "reverse_kl", "jsd"):
+        doc = ast.get_docstring(homework.functions(ast.parse(cosd))[name])
+        assert "you derive it" in doc and "Q − P" not in doc and "⊙" not in doc
+        assert "Source" in doc and "The same P, Q" in doc or "lecture's example" in doc
+    tests = (copy / "tests" / "test_questions.py").read_text()
+    for hint in ("log_softmax", "SYSTEM, *", "* d).sum()", "def plain_"):
+        assert hint not in tests
+    assert not any(path.name in ("judge.py", "worker.py") for path in copy.rglob("*"))
+    settings = json.loads((homework.SOLUTIONS / "q6.json").read_text())
+    texts = "".join(p.read_text() for p in copy.rglob("*.py"))
+    assert f'"steps": {settings["steps"]}' not in texts
+
+
+def test_a_survivor_is_found_wherever_it_hides(tmp_path):
     removed = ["        running = running & ~torch.isin(token, eos_ids)\n"]
-    (tmp_path / "plain.py").write_text(
-        "x = 1\n  running =  running & ~torch.isin(token, eos_ids)   # a comment\n"
-    )
-    cell = {
-        "cell_type": "code",
-        "source": ["a\n", "running = running & ~torch.isin(token, eos_ids)"],
-        "outputs": [],
-    }
-    shown = {
-        "cell_type": "code",
-        "source": [],
-        "outputs": [
-            {"data": {"text/plain": ["running = running & ", "~torch.isin(token, eos_ids)"]}}
-        ],
-    }
+    line = "  running =  running & ~torch.isin(token, eos_ids)   # a comment\n"
+    (tmp_path / "plain.py").write_text("x = 1\n" + line)
+    source = ["a\n", "running = running & ~torch.isin(token, eos_ids)"]
+    cell = {"cell_type": "code", "source": source, "outputs": []}
+    halves = ["running = running & ", "~torch.isin(token, eos_ids)"]
+    output = {"data": {"text/plain": halves}}
+    shown = {"cell_type": "code", "source": [], "outputs": [output]}
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}))
     (tmp_path / "b.ipynb").write_text(json.dumps({"cells": [shown]}))
-    assert [found.partition(":")[0] for found in survivors(tmp_path, removed)] == [
-        "a.ipynb",
-        "b.ipynb",
-        "plain.py",
-    ]
+    found = [name.partition(":")[0] for name in survivors(tmp_path, removed)]
+    assert found == ["a.ipynb", "b.ipynb", "plain.py"]
 
 
 def test_questions_can_be_handed_out_solved(tmp_path):
-    make(tmp_path / "later", solved=("q1", "q2"))
-    assert set(CODED) - set(
-        re.findall(
-            r'Error\("(q\d):', "".join((tmp_path / "later" / file).read_text() for file in CODE)
-        )
-    ) == {"q1", "q2"}
+    make(tmp_path / "later", solved=("q1", "q2"), bases=tmp_path)
+    texts = "".join((tmp_path / "later" / file).read_text() for file in CODE)
+    assert set(CODED) - set(re.findall(r'Error\("(q\d):', texts)) == {"q1", "q2"}
     with pytest.raises(SystemExit, match="not empty"):
         make(tmp_path / "later")
 
 
-def test_each_question_can_be_done_alone(tmp_path):
-    """In a copy where nothing else is solved."""
-    jobs = []
-    for question in CODED:
-        make(tmp_path / question, solved=(question,))
-        jobs.append(dict(folder=str(tmp_path / question), question=question, seed=2))
-    results, ended, said = run_jobs(jobs, 120, tmp_path)
-    assert [points(result) for result in results] == [
-        QUESTIONS[question].points for question in CODED
-    ], f"{ended}\n{said}"
-
-
-def test_the_untouched_copy_fails_every_question_with_its_hint(copy):
-    jobs = [dict(folder=str(copy), question=question, seed=1) for question in QUESTIONS]
-    results, ended, said = run_jobs(jobs, 120, copy.parent)
-    assert len(results) == len(jobs), f"{ended}\n{said}"
-    for question, result in zip(QUESTIONS, results):
-        assert result["tests"] and points(result) == 0 and not result["broken"]
-        for test in result["tests"]:
-            assert test["reason"].startswith(f"NotImplementedError: {question}: "), test
+def pytest_in(folder, *arguments):
+    """-> {name of a case: its failure or None}."""
+    report = folder.parent / f"{folder.name}.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run(
+        [*command, f"--junitxml={report}", *arguments],
+        cwd=folder,
+        capture_output=True,
+        env=environment,
+    )
+    found = {}
+    for case in ElementTree.parse(report).findall(".//testcase"):
+        wrong = [case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None]
+        text = wrong[0].get("message") + (wrong[0].text or "") if wrong else None
+        found[f"{case.get('classname')}::{case.get('name')}"] = text
+    return found
 
 
 def test_what_is_not_asked_for_works_in_the_copy(copy):
-    """All of the copy's own tests: those that need no answer pass, and nothing fails but for an answer that is still open."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb=line",
-        "--junitxml=../junit.xml",
-    ]
-    subprocess.run(
-        command, cwd=copy, capture_output=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    )
-    cases = ElementTree.parse(copy.parent / "junit.xml").findall(".//testcase")
-    failures = [
-        case.find(kind)
-        for case in cases
-        for kind in ("failure", "error")
-        if case.find(kind) is not None
-    ]
-    assert len(cases) > 100 and len(cases) - len(failures) > 40
-    for failure in failures:
-        assert re.search(r"NotImplementedError: q\d: ", failure.get("message") + failure.text), (
-            failure.text
-        )
+    """Nothing fails there but for an answer that is open; every question's own tests do, with its hint."""
+    found = pytest_in(copy)
+    failed = {name: text for name, text in found.items() if text is not None}
+    assert len(failed) > 30
+    for name, text in failed.items():
+        assert re.search(r"NotImplementedError: q\d: ", text), f"{name}: {text}"
+    for name, text in found.items():
+        if asked := re.search(r"test_(q[1-8])_", name):
+            assert text and f"NotImplementedError: {asked[1]}: " in text, name
+
+
+def answered(folder, questions):
+    """Fill the copy in `folder` with answers of a student's kind."""
+    for question in questions:
+        (name,) = QUESTIONS[question].files
+        answer = file_with(question, bodies(question))
+        ours = (folder / name).read_text()
+        wanted = homework.asked_for(question, name)
+        (folder / name).write_text(merge(ours, answer, ast.parse(answer), wanted, name))
+
+
+def test_the_copys_tests_take_right_answers(copy, tmp_path):
+    folder = tmp_path / "answered"
+    shutil.copytree(copy, folder)
+    answered(folder, CODED)
+    found = pytest_in(folder, "-m", " or ".join(CODED))
+    assert len(found) > 30 and [text for text in found.values() if text] == []
+
+
+@SLOW
+def test_each_question_can_be_done_alone(copy, tmp_path):
+    """In a copy where nothing else is solved."""
+    for question in CODED:
+        folder = tmp_path / question
+        shutil.copytree(copy, folder)
+        answered(folder, [question])
+        found = pytest_in(folder, "-m", question)
+        assert found and [text for text in found.values() if text] == [], question
+
+
+# The copy's own tests show most plain mistakes already, the grader's others too.
+@SLOW
+def test_the_copys_tests_see_plain_mistakes(copy, tmp_path):
+    folder = tmp_path / "mistakes"
+    shutil.copytree(copy, folder)
+    missed = []
+    for question, what, _, old, new in WRONG[::4]:
+        (name,) = QUESTIONS[question].files
+        (folder / name).write_text(changed(question, old, new))
+        found = pytest_in(folder, "-m", question, "tests/test_questions.py", "-x")
+        missed += [] if any(found.values()) else [f"{question}: {what}"]
+        (folder / name).write_text((copy / name).read_text())
+    print("\n".join(missed))
+    assert len(missed) < len(WRONG[::4]) / 2
 
 
 # ==================================================================================================== the grader
-def submit(folder, **files):
-    folder.mkdir()
+def submit(folder, **texts):
+    """A folder with the reference, but for what is given by name; None leaves a file out."""
+    folder.mkdir(parents=True)
     for name in {file for question in CODED for file in QUESTIONS[question].files}:
-        (folder / name).write_text(REFERENCE[name])
-    for name, text in files.items():
-        path = folder / f"{name}.py"
-        path.write_text(text) if text is not None else path.unlink()
+        text = texts.get(name.removesuffix(".py"), REFERENCE[name])
+        if text is not None:
+            (folder / name).write_text(text)
     return folder
 
 
@@ -690,120 +485,40 @@ def outcome(results):
     return {f"q{test['number']}": (test["score"], test["output"]) for test in results["tests"]}
 
 
-@pytest.mark.slow
-def test_the_command_gives_the_reference_full_marks(tmp_path):
-    """As an instructor runs it, the training of q6 included."""
-    submission = submit(tmp_path / "reference")
-    for path in homework.SOLUTIONS.iterdir():
-        shutil.copy(path, submission)
-    results = grade(submission, {name: question.seconds for name, question in QUESTIONS.items()})
-    assert [test["score"] for test in results["tests"]] == [
-        question.points for question in QUESTIONS.values()
-    ], results
-    assert {test["status"] for test in results["tests"]} == {"passed"}
-
-
 def test_results_in_gradescopes_format(tmp_path, capsys):
     """The command, on a folder with nothing in it."""
     (tmp_path / "empty").mkdir()
-    assert (
-        homework.main(
-            ["grade", str(tmp_path / "empty"), "--results", str(tmp_path / "results.json")]
-        )
-        == 0
-    )
-    results, shown = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
-    assert (
-        results["score"] == 0
-        and results["visibility"] == "visible"
-        and isinstance(results["output"], str)
-    )
+    results = tmp_path / "results.json"
+    assert homework.main(["grade", str(tmp_path / "empty"), "--results", str(results)]) == 0
+    results, shown = json.loads(results.read_text()), capsys.readouterr().out
+    assert results["score"] == 0 and results["visibility"] == "visible"
     assert [test["number"] for test in results["tests"]] == [name[1:] for name in QUESTIONS]
     for test, (name, question) in zip(results["tests"], QUESTIONS.items()):
-        assert (
-            test["score"] == 0
-            and test["max_score"] == question.points
-            and test["status"] == "failed"
-            and test["name"] == f"{name}: {question.about}"
-        )
-        assert (
-            f"{question.files[0]} is missing" in test["output"]
-            and test["name"] in shown
-            and question.files[0] in shown
-        )
+        assert test["score"] == 0 and test["max_score"] == question.points
+        assert test["status"] == "failed" and test["name"] == f"{name}: {question.about}"
+        assert f"{question.files[0]} is missing" in test["output"] and test["name"] in shown
     with pytest.raises(SystemExit, match="no folder"):
         homework.main(["grade", str(tmp_path / "nowhere")])
 
 
-def test_a_submission_that_hangs_leaves_floods_or_does_not_parse(tmp_path):
-    cosd = changed("cosd.py", "    a = log_a.exp()\n", "    while True: pass\n")  # q1 hangs
-    cosd = cosd.replace("    scored[:, :skip] = 0\n", "    import os; os._exit(0)\n")  # q2 leaves
-    cosd = cosd.replace(
-        "        loss, h = (weights * d).sum(), entropy(student_logits)",
-        "        print('x' * 10**8)\n        loss, h = (weights * d).sum(), entropy(student_logits)",
-    )  # q5 floods
-    submission = submit(
-        tmp_path / "submission",
-        cosd=cosd,
-        model=None,
-        contexts=REFERENCE["contexts.py"].replace("def fill(", "def fill((", 1),
-    )
-    found = outcome(grade(submission, dict.fromkeys(CODED, 60) | {"q1": 4}))
-    line = (
-        REFERENCE["contexts.py"]
-        .splitlines()
-        .index(next(t for t in REFERENCE["contexts.py"].splitlines() if t.startswith("def fill(")))
-        + 1
-    )
-    assert found["q1"][0] == 0 and "longer than 4 seconds" in found["q1"][1]
-    assert found["q2"][0] == 0 and "exit code 0" in found["q2"][1]
-    assert found["q3"] == (0, "model.py is missing: see q3 in homework.md")
-    assert found["q4"][0] == 0 and f"contexts.py does not parse: line {line}" in found["q4"][1]
-    assert found["q5"][0] < 15 and len(found["q5"][1]) < 10_000
+@SLOW
+def test_the_command_gives_the_reference_full_marks(tmp_path):
+    """As an instructor runs it, training included; some minutes. The base is looked for in out/."""
+    submission = submit(tmp_path / "reference")
+    for path in homework.SOLUTIONS.iterdir():
+        if path.is_file():
+            shutil.copy(path, submission)
+    results = grade(submission, list(QUESTIONS), bases=bases())
+    found = [test["score"] for test in results["tests"]]
+    assert found == [question.points for question in QUESTIONS.values()], results
 
 
-FORGED = """
-import atexit, json, os, sys
-
-def forge():
-    line = json.dumps({"tests": [{"name": "all", "points": 15, "passed": True, "reason": ""}], "broken": None, "status": 0})
-    print(line, flush=True)
-    for name in os.listdir("."):
-        if os.path.isfile(name):
-            open(name, "w").write(line)
-    os._exit(0)
-
-"""
-
-
-def test_a_submission_that_forges_raises_or_spoils(tmp_path):
-    """Results printed or written about, an error at import, patched test functions, `sys.exit`, `pytest.skip`."""
-    cosd = changed("cosd.py", "    scored[:, :skip] = 0\n", "    forge()\n").replace(
-        "import math\n", "import math\n" + FORGED, 1
-    )  # q2
-    cosd = cosd.replace(
-        "    return kl(log_p, log_q)", "    import pytest; pytest.skip('later')"
-    )  # q1
-    cosd = cosd.replace(
-        "        loss, h = (weights * d).sum(), entropy(student_logits)", "        sys.exit(0)"
-    )  # q5
-    model = changed(
-        "model.py",
-        "            self.keys[layer][rows, :, slots]",
-        "            del torch.Tensor.transpose\n            self.keys[layer][rows, :, slots]",
-    )
-    contexts = "BROKEN = 1 / 0\n" + REFERENCE["contexts.py"]
-    found = outcome(
-        grade(
-            submit(tmp_path / "submission", cosd=cosd, model=model, contexts=contexts),
-            dict.fromkeys(CODED, 60),
-        )
-    )
-    assert 0 < found["q1"][0] < 15 and "later" in found["q1"][1]
-    assert found["q2"][0] == 0 and "ended by itself" in found["q2"][1]
-    assert found["q3"][0] < 15
-    assert found["q4"][0] == 0 and "ZeroDivisionError" in found["q4"][1]
-    assert found["q5"][0] < 15 and "SystemExit" in found["q5"][1]
+def bases():
+    try:
+        base.name_in(ROOT / "out")
+    except base.Missing:
+        pytest.skip("no pretrained base in out/: python train.py --method pretrain")
+    return ROOT / "out"
 
 
 @pytest.mark.parametrize(
@@ -819,20 +534,25 @@ def test_a_submission_that_forges_raises_or_spoils(tmp_path):
 )
 def test_rubbish_is_refused_in_a_line(data, reason, tmp_path):
     (tmp_path / "contexts.py").write_bytes(data)
-    found = outcome(grade(tmp_path, {"q4": 60}))
-    assert (
-        found["q4"][0] == 0 and reason in found["q4"][1] and len(found["q4"][1].splitlines()) == 1
-    )
+    score, output = outcome(grade(tmp_path, ["q4"]))["q4"]
+    assert score == 0 and reason in output and len(output.splitlines()) == 1
 
 
 def test_links_and_folders_are_no_files(tmp_path):
     (tmp_path / "contexts.py").symlink_to(ROOT / "contexts.py")
     (tmp_path / "model.py").mkdir()
-    found = outcome(grade(tmp_path, {"q3": 60, "q4": 60}))
-    assert found["q3"] == (0, "model.py is not a plain file") and found["q4"] == (
-        0,
-        "contexts.py is not a plain file",
-    )
+    found = outcome(grade(tmp_path, ["q3", "q4"]))
+    assert found["q3"] == (0, "model.py is not a plain file")
+    assert found["q4"] == (0, "contexts.py is not a plain file")
+
+
+def test_an_error_at_import_and_a_function_that_is_missing(judged, tmp_path):
+    found = judged("q4", "BROKEN = 1 / 0\n" + REFERENCE["contexts.py"], "13")
+    reasons = {reason for part in found.values() for reason in part["reasons"]}
+    assert len(reasons) == 1 and "ZeroDivisionError" in reasons.pop()
+    without = REFERENCE["contexts.py"].replace("def dressed(", "def undressed(")
+    found = judged("q4", without)
+    assert lost(found) == "456" and "NotImplementedError: q4" in str(found)
 
 
 def test_what_a_student_adds_comes_along():
@@ -843,135 +563,351 @@ def test_what_a_student_adds_comes_along():
         "class A:\n\t@property\n\tdef f(self):\n\t\treturn self.h() + TAU\n\tdef h(self):\n\t\treturn helper()\n\n"
         "def g():\n    raise ValueError\n\ndef helper():\n    return math.floor(40.5)\n\nif __name__ == '__main__':\n    g()\n"
     ).replace("\n", "\r\n")
-    merged = merge(reference, *parse("a.py", submitted.encode()), ["A.f"], "a.py")
+    text = merge(reference, *parse("a.py", submitted.encode()), ["A.f"], "a.py")
     names = {}
-    exec(merged, names)
-    assert (
-        names["A"]().f == 42
-        and names["g"]() == 0
-        and names["last"] == 1
-        and "print" not in merged
-        and "einops" in names
+    exec(text, names)
+    assert names["A"]().f == 42 and names["g"]() == 0 and names["last"] == 1
+    assert "print" not in text and "einops" in names
+
+
+def test_imports_are_made_beforehand():
+    tree = ast.parse(
+        "import math, os.path\nfrom torch.nn import functional\nimport cosd, this, test.__main__\n"
+        "def f():\n    from itertools import chain\n    from . import x"
     )
+    assert set(homework.imports(tree)) == {
+        "math",
+        "os.path",
+        "torch.nn",
+        "torch.nn.functional",
+        "itertools",
+        "itertools.chain",
+    }
 
 
-# q6 to q8: what is handed in as a file
+def test_only_what_may_be_edited_is_taken(tmp_path, judged):
+    """Tests, settings, given functions and other files of the submission play no part."""
+    text = REFERENCE["contexts.py"].replace("def encode(", "def encode_(")
+    for name in ("conftest.py", "sitecustomize.py", "torch.py", "judge.py"):
+        (tmp_path / name).write_text("raise SystemExit")
+    assert lost(judged("q4", text)) == ""
+
+
+def test_a_submission_in_a_folder_of_its_own_is_found(tmp_path):
+    deep = submit(tmp_path / "ada" / "my homework")
+    (tmp_path / "ada" / "__MACOSX").mkdir()
+    (tmp_path / "ada" / "__MACOSX" / "cosd.py").write_text("")
+    (tmp_path / "ada" / "notes").mkdir()
+    (tmp_path / "ada" / "notes" / "q1.md").write_text("")
+    assert find(tmp_path / "ada") == deep and find(deep) == deep
+    assert find(tmp_path / "ada" / "notes") == tmp_path / "ada" / "notes"
+
+
+def test_a_whole_class(tmp_path, capsys):
+    """Folders and zips; what has a result is kept; one that cannot be opened stops nobody."""
+    everyone = tmp_path / "all"
+    submit(everyone / "ada", contexts=None)
+    with zipfile.ZipFile(everyone / "bob.zip", "w") as archive:
+        archive.writestr("bob/model.py", "x = (")
+        archive.writestr("../outside.py", "x = 1")
+    (everyone / "eve.zip").write_bytes(b"no zip")
+    results = tmp_path / "graded"
+    (results).mkdir()
+    board = [{"name": "forgotten in q6", "value": 0.02, "order": "asc"}]
+    kept = {"tests": [{"score": 7}], "score": 7, "leaderboard": board}
+    (results / "ada.json").write_text(json.dumps(kept))
+    arguments = ["class", str(everyone), "--results", str(results), "--only", "q3"]
+    assert homework.main(arguments) == 0
+    rows = list(csv.reader(open(results / "grades.csv")))
+    head = ["who", "q3", "sum", "forgotten in q6"]
+    assert rows == [head, ["ada", "7", "7", "0.02"], ["bob", "0", "0"]]
+    output = json.loads((results / "bob.json").read_text())["tests"][0]["output"]
+    assert output.startswith("model.py does not parse: line 1")
+    assert "eve.zip" in capsys.readouterr().out and not (tmp_path / "outside.py").exists()
+
+
+def test_a_zip_for_gradescope(tmp_path):
+    """It holds all that grading takes: from it alone a submission is graded."""
+    homework.main(["zip", str(tmp_path / "grader.zip"), "--bases", str(tmp_path / "none")])
+    with zipfile.ZipFile(tmp_path / "grader.zip") as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "source")
+        assert archive.getinfo("run_autograder").external_attr >> 16 & 0o111
+    assert {"setup.sh", "run_autograder", "Dockerfile", "cosd.py"} <= names
+    assert not any("solutions" in name or "test" in name for name in names)
+    submission = submit(tmp_path / "submission")
+    command = [sys.executable, "notebooks/homework.py", "grade", str(submission)]
+    done = subprocess.run(
+        [*command, "--only", "q4", "--results", str(tmp_path / "results.json")],
+        cwd=tmp_path / "source",
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["score"] == 10, done.stderr
+
+
+# q6 to q8: what is handed in as a file, and what training says of it
+FOUND = {"exact": 1.0, "prior": 0.0, "steerability": -0.004, "drift": 0.004, "tokens": 4500.0}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What measure.py would say, without training."""
+    said = dict(FOUND)
+    monkeypatch.setattr(homework, "measured", lambda *_: dict(said))
+    return said
+
+
+def handed(tmp_path, **texts):
+    for path in homework.SOLUTIONS.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    for name, data in texts.items():
+        path = tmp_path / name.replace("_", ".")
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "changes, score",
+    [
+        ({}, 15),
+        ({"steerability": -0.02}, 13),
+        ({"steerability": -0.05}, 11),
+        ({"prior": -0.1}, 9),
+        ({"steerability": -0.3}, 7),
+        ({"exact": 0.94}, 1),
+        ({"tokens": 6001}, 1),
+    ],
+)
+def test_q6_points(changes, score, trained, tmp_path):
+    trained |= changes
+    results = grade(handed(tmp_path), ["q6"])
+    assert outcome(results)["q6"][0] == score, results
+    assert bool(results["leaderboard"]) == (score >= 7)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"steps": 251}',
+        '{"batch": 65}',
+        '{"batch": 0}',
+        '{"anchors": 0.5}',
+        '{"pretrain_steps": 1}',
+        '{"out": "/"}',
+        "{steps: 100}",
+        "[]",
+        '{"method": "dpo"}',
+        '{"method": "pretrain"}',
+        '{"steps": "100"}',
+        '{"lr": -1}',
+        "[" * 100_000,
+    ],
+)
+def test_q6_settings_that_are_not_valid(text, trained, tmp_path):
+    score, output = outcome(grade(handed(tmp_path, q6_json=text), ["q6"]))["q6"]
+    assert score == 0 and output.startswith("q6.json")
+
+
 RUNS = [
-    dict(divergence=d, teacher=t, anchors=a, score=1.0, prior=0.0, drift=0.1)
+    dict(divergence=d, teacher=t, anchors=a, score=1.0, prior=0.0, drift=0.004)
     for d in ("jsd", "forward_kl")
     for t in ("ema", "live")
     for a in (0, 0.5)
 ]
-EXCHANGE = (homework.SOLUTIONS / "q8.py").read_text()
-WRONG_FILES = [
-    ("q6", "q6.json", "too many steps", '{"steps": 251}'),
-    ("q6", "q6.json", "too large a batch", '{"batch": 65}'),
-    ("q6", "q6.json", "a field that is not to be set", '{"pretrain_steps": 1}'),
-    ("q6", "q6.json", "another place", '{"out": "/"}'),
-    ("q6", "q6.json", "no JSON", "{steps: 100}"),
-    ("q6", "q6.json", "no object", "[]"),
-    ("q6", "q6.json", "no such method", '{"method": "dpo"}'),
-    ("q6", "q6.json", "the base", '{"method": "pretrain"}'),
-    ("q6", "q6.json", "a number in quotes", '{"steps": "100"}'),
-    ("q6", "q6.json", "a learning rate out of range", '{"lr": -1}'),
-    ("q7", "q7.json", "seven runs", json.dumps(RUNS[:7])),
-    ("q7", "q7.json", "eight times the same", json.dumps(RUNS[:1] * 8)),
-    ("q7", "q7.json", "a score of 3", json.dumps([*RUNS[:7], RUNS[7] | {"score": 3}])),
-    ("q7", "q7.json", "NaN", json.dumps([*RUNS[:7], RUNS[7] | {"drift": float("nan")}])),
-    ("q7", "q7.json", "an object", "{}"),
-    ("q7", "q7.png", "no picture", "hello"),
-    ("q7", "q7.md", "two words", "it works"),
-    (
-        "q8",
-        "q8.py",
-        "the context in the prompt",
-        EXCHANGE.replace('f"{count} {coin}"', 'f"one {coin} is {worth} {count} {coin}"'),
-    ),
-    (
-        "q8",
-        "q8.py",
-        "the answer in the prompt",
-        EXCHANGE.replace('f"{count} {coin}"', 'f"{count} {coin} {answer}"'),
-    ),
-    (
-        "q8",
-        "q8.py",
-        "a random state of its own",
-        EXCHANGE.replace("rng.randint(2, 9), rng", "__import__('random').randint(2, 9), rng"),
-    ),
-    (
-        "q8",
-        "q8.py",
-        "always the same",
-        EXCHANGE.replace("draw_word(rng, heldout)", "'mot'").replace("rng.randint(2, 9)", "3"),
-    ),
-    (
-        "q8",
-        "q8.py",
-        "held-out words leak",
-        EXCHANGE.replace("draw_word(rng, heldout)", "draw_word(rng)"),
-    ),
-    (
-        "q8",
-        "q8.py",
-        "the context decides nothing",
-        EXCHANGE.replace("count * worth", "count * len(coin)"),
-    ),
-    ("q8", "q8.py", "no description", EXCHANGE.replace("DESCRIPTION = ", "DESCRIPTION = '' and ")),
-    (
-        "q8",
-        "q8.py",
-        "an empty answer",
-        EXCHANGE.replace("str(count * worth), f", "'', f"),
-    ),
-    ("q8", "q8.py", "a kind that exists", EXCHANGE.replace('"exchange"', '"privileged"')),
-    ("q8", "q8.py", "no record", EXCHANGE.replace("KIND = Kind(", "KIND = dict(")),
-    ("q8", "q8.py", "never drawn in pretraining", EXCHANGE.replace("share=0.2", "share=0.0")),
-    ("q8", "q8.py", "not Python", "def draw(:"),
-]
 
 
-def test_files_handed_in(tmp_path):
-    """Wrong ones lose points, and say why; a bad q6.json is not trained on."""
-    jobs = []
-    for number, (question, file, _, text) in enumerate(
-        [*WRONG_FILES, ("q7", "q7.md", "", None), ("q8", "q8.py", "", None)]
-    ):
-        submission, project = tmp_path / f"submission{number}", tmp_path / f"project{number}"
-        shutil.copytree(homework.SOLUTIONS, submission), project.mkdir()
-        if text is not None:
-            (submission / file).write_text(text)
-        build(submission, question, project)
-        jobs.append(dict(folder=str(project), question=question, seed=number))
-    results, ended, said = run_jobs(jobs, 100, tmp_path)
-    assert len(results) == len(jobs), f"{ended}\n{said}"
-    assert [points(result) for result in results[-2:]] == [
-        QUESTIONS["q7"].points,
-        QUESTIONS["q8"].points,
-    ]
-    for (question, _, what, _), result in zip(WRONG_FILES, results):
-        assert points(result) < QUESTIONS[question].points and (
-            points(result) == 0 or question != "q6"
-        ), what
-        assert any(test["reason"] for test in result["tests"]), what
+def seven(runs, **settings):
+    return json.dumps({"settings": {"steps": 120, "batch": 32} | settings, "runs": runs})
 
 
-def test_only_what_may_be_edited_is_taken(tmp_path):
-    """Tests, conftest, pytest's settings, given functions and other files of the submission play no part."""
-    submission = submit(
-        tmp_path / "submission",
-        contexts=REFERENCE["contexts.py"]
-        .replace("def encode(", "def encode_(")
-        .replace("return ENCODING", "return []; ENCODING"),
-    )
-    (submission / "tests").mkdir()
-    for name in (
-        "conftest.py",
-        "tests/conftest.py",
-        "tests/test_questions.py",
-        "sitecustomize.py",
-        "pytest.py",
-    ):
-        (submission / name).write_text("raise SystemExit")
-    (submission / "pyproject.toml").write_text("[tool.pytest.ini_options]\naddopts = '--co'")
-    assert outcome(grade(submission, {"q4": 60}))["q4"][0] == 10
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        (seven(RUNS), 5),
+        (seven(RUNS[:7]), 1),
+        (seven(RUNS[:1] * 8), 1),
+        (seven([*RUNS[:7], RUNS[7] | {"score": 3}]), 1),
+        (seven([*RUNS[:7], RUNS[7] | {"drift": float("nan")}]), 1),
+        (seven([run | {"anchors": 0.1 * i} for i, run in enumerate(RUNS)], lr=-1), 1),
+        (seven([run | {"score": 0.5} for run in RUNS]), 2),  # numbers that nobody has measured
+        (seven([run | {"drift": 0.2} for run in RUNS]), 2),
+        (seven([run | {"prior": -0.5} for run in RUNS]), 2),
+        (seven(RUNS, steps=10_000), 1),
+        ("{}", 1),
+        ("[]", 1),
+        ("no JSON", 1),
+    ],
+)
+def test_q7_points(text, score, trained, tmp_path):
+    results = grade(handed(tmp_path, q7_json=text), ["q7"])
+    assert outcome(results)["q7"][0] == score, results
+
+
+def png(width, height, row=lambda y: bytes([y % 251])):
+    """A grey picture."""
+
+    def chunk(kind, body):
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = b"".join(b"\0" + row(y) * width for y in range(height))
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "file, data",
+    [
+        ("q7_png", b"hello"),
+        (
+            "q7_png",
+            b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">II", 900, 900),
+        ),  # 24 bytes
+        ("q7_png", png(200, 400)),
+        ("q7_png", png(400, 400, lambda y: b"\0")),
+        ("q7_png", png(400, 400)[:-200]),
+        ("q7_png", png(400, 400).replace(b"IDAT", b"IDAX")),
+        ("q7_md", "it works"),
+        ("q7_md", "word " * 160),
+        ("q7_md", " ".join(f"w{i}" for i in range(2000))),
+    ],
+)
+def test_q7_a_plot_and_a_page_that_are_none(file, data, trained, tmp_path):
+    results = grade(handed(tmp_path, q7_json=seven(RUNS), **{file: data}), ["q7"])
+    assert outcome(results)["q7"][0] == 4, results
+
+
+def test_q7_a_picture_is_one():
+    homework.picture(png(400, 300))
+    homework.picture((homework.SOLUTIONS / "q7.png").read_bytes())
+
+
+PLURAL = (homework.SOLUTIONS / "q8.py").read_text()
+LEARNED = {"teacher": 0.98, "student": 0.02, "after": 0.97}
+NONSENSE = """
+from contexts import Example, Kind
+
+DESCRIPTION = "Words without any sense at all, drawn at random, with a context that says nothing of what is asked."
+
+def some(rng):
+    return "".join(rng.choices("abcdefgh", k=6))
+
+def draw(rng, heldout=None, fixed=False):
+    prompt = some(rng) + ("x" if heldout else "y" if heldout is False else rng.choice("xy"))
+    context = "always" if fixed else some(rng)
+    return Example("nonsense", context, prompt, some(rng), some(rng))
+
+KIND = Kind("E", "nonsense", draw, share=0.2, drop=0.2, task={"fixed": True})
+"""
+
+
+@pytest.fixture
+def plural(monkeypatch, students):
+    """`measured` for a kind that can be learned, and one that cannot. One process for all."""
+
+    def measured(arguments, *_):
+        drawn = json.load(open(arguments[1]))
+        sense = drawn["mixed"]["out"]["examples"][0]["kind"] != "nonsense"
+        return dict(LEARNED) if sense else {"teacher": 0.0, "student": 0.0, "after": 0.0}
+
+    monkeypatch.setattr(homework, "measured", measured)
+    monkeypatch.setattr(homework, "Student", lambda *_: nullcontext(students("q8")[0]))
+
+
+@pytest.mark.parametrize(
+    "what, text, score",
+    [
+        ("the model answer", PLURAL, 10),
+        ("the context in the prompt", PLURAL.replace('f"many {word}"', 'f"ends in {ending} {word}"'), 7),
+        ("the answer in the prompt", PLURAL.replace('f"many {word}"', 'f"many {word} {answer}"'), 7),
+        ("a random state of its own", PLURAL.replace("rng.choice(VOWELS)", "__import__('random').choice(VOWELS)"), 0),
+        ("one that moves on", PLURAL.replace("rng.choice(VOWELS)", "VOWELS[__import__('time').time_ns() % 5]"), 0),
+        ("always the same", PLURAL.replace("draw_word(rng, heldout)", "'mot'"), 0),
+        ("held-out words leak", PLURAL.replace("draw_word(rng, heldout)", "draw_word(rng)"), 0),
+        ("the context decides nothing", PLURAL.replace("word + ending", "word + 'li'"), 8),
+        ("something else decides", PLURAL.replace("word + ending", "word + rng.choice('aeiou')"), 8),
+        ("no description", PLURAL.replace("DESCRIPTION = ", "DESCRIPTION = '' and "), 0),
+        ("an empty answer", PLURAL.replace("answer = word + ending", "answer = ''"), 0),
+        ("a kind that exists", PLURAL.replace('"plural"', '"privileged"'), 0),
+        ("no record", PLURAL.replace("KIND = Kind(", "KIND = dict(zip('abc', "), 0),
+        ("never drawn in pretraining", PLURAL.replace("share=0.2", "share=0.0"), 0),
+        ("the student is never met", PLURAL.replace("drop=0.2", "drop=0.0"), 0),
+        ("no C to compile", PLURAL.replace(', task={"ending": "li"}', ""), 0),
+        ("a grade that takes everything", PLURAL.replace("drop=0.2", "drop=0.2, grade=lambda e, t: {'score': 1, 'exact': 1}"), 0),
+        ("too long", PLURAL.replace('f"ends in {ending}"', 'f"ends in {ending}" * 20'), 0),
+        ("nonsense", NONSENSE, 6),
+        ("not Python", "def draw(:", 0),
+        ("an endless loop", "while True: pass", 0),
+        ("an exit", "import os; os._exit(0)", 0),
+        ("the grader's file", "import sys; KIND = open(sys.argv[0])", 0),
+    ],
+)  # fmt: skip
+def test_q8_points(what, text, score, plural, tmp_path):
+    results = grade(handed(tmp_path, q8_py=text), ["q8"], seed=5)
+    assert outcome(results)["q8"][0] == score, results
+
+
+def test_q8_what_training_must_show():
+    def points(**found):
+        return [part["score"] for part in fifth.judge_training(LEARNED | found)]
+
+    assert points() == [2, 2]
+    assert points(teacher=0.3) == [0, 0]  # it does not know what the context means
+    assert points(student=0.9) == [0, 0]  # the student knew without
+    assert points(after=0.5) == [2, 0]
+
+
+@SLOW
+@pytest.mark.parametrize("text, learns", [(PLURAL, True), (NONSENSE, False)])
+def test_q8_a_kind_is_learned_and_nonsense_is_not(text, learns, tmp_path):
+    (tmp_path / "q8.py").write_text(text)
+    command = [sys.executable, str(ROOT / "notebooks" / "measure.py"), str(tmp_path / "q8.py")]
+    said = subprocess.run([*command, "--out", str(bases())], capture_output=True, text=True)
+    found = json.loads(said.stdout.splitlines()[-1])
+    assert all(part["score"] for part in fifth.judge_training(found)) == learns, found
+
+
+@SLOW
+def test_q6_the_model_answer_and_the_default(tmp_path):
+    """Three seeds each. The default settings learn, too, but take ten times the tokens and forget."""
+    found = {}
+    for name, text in (("model", (homework.SOLUTIONS / "q6.json").read_text()), ("default", "{}")):
+        found[name] = homework.measured([text, "--seeds", "3"], bases(), 900)
+    assert found["model"]["exact"] >= measure.LEARNED
+    assert found["model"]["tokens"] <= measure.BUDGET < found["default"]["tokens"]
+    assert found["model"]["steerability"] >= -measure.FORGETTING[0][0]
+    assert found["default"]["steerability"] < -measure.FORGETTING[1][0]
+
+
+def test_the_base_goes_into_one_file_and_back(tmp_path):
+    """With its name and settings, so that train.py takes it for its own."""
+    import torch
+
+    cfg = homework.measure.train.Config(method="pretrain", device="cpu")
+    kept = {}
+
+    def remember(value):
+        if isinstance(value, dict) and "shape" in value:
+            kept["identity"] = json.loads(json.dumps(value))
+        return digest(value)
+
+    train = homework.measure.train
+    digest, train.digest = train.digest, remember
+    try:
+        with pytest.raises(base.Missing):
+            base.name_in(tmp_path / "out")
+    finally:
+        train.digest = digest
+    gpt = homework.measure.train.GPT(homework.measure.train.GPTConfig(**kept["identity"]["shape"]))
+    weights = {name: p.detach() for name, p in gpt.named_parameters()}
+    folder = tmp_path / "out" / f"base-{digest(kept['identity'])}"
+    folder.mkdir(parents=True)
+    torch.save({"identity": kept["identity"], "model": weights}, folder / "state.pt")
+    base.pack(tmp_path / "out", tmp_path / "base.safetensors")
+    assert base.unpack(tmp_path / "other", tmp_path / "base.safetensors") == folder.name
+    taken, name = train.get_base(cfg, str(tmp_path / "other"))
+    assert name == folder.name
+    assert all(torch.equal(p, weights[n]) for n, p in taken.named_parameters())

@@ -14,7 +14,6 @@ from model import (
     low_precision_,
     merged_copy,
     pad_right,
-    perplexity,
     resolve_device,
     rotary_frequencies,
     sample,
@@ -83,7 +82,7 @@ def test_project_only_what_is_needed(model):
 @torch.no_grad()
 def test_cached_equals_uncached(model, pieces):
     ids = random_ids(3, 9)
-    cache = KVCache(model.config, 3, 12)
+    cache = KVCache(model.config, 11)
     close(torch.cat([model(part, cache) for part in ids.split(pieces, dim=1)], dim=1), model(ids))
 
 
@@ -92,7 +91,7 @@ def test_cached_equals_uncached(model, pieces):
 def test_shared_prefix_equals_concatenated_prefix(model, length):
     prefix, ids = random_ids(length, seed=1), random_ids(3, 9)
     whole = model(torch.cat([prefix.expand(3, -1), ids], dim=1))[:, length:]
-    cache = KVCache(model.config, 3, 9, prefix=model.read(prefix.tolist()))
+    cache = KVCache(model.config, 4, prefix=model.read(prefix.tolist()))
     close(torch.cat([model(part, cache) for part in ids.split([5, 1, 3], dim=1)], dim=1), whole)
 
 
@@ -100,7 +99,7 @@ def test_shared_prefix_equals_concatenated_prefix(model, length):
 def test_shared_prefix_is_stored_once():
     model = tiny_gpt()
     prefix = model.read(random_ids(40).tolist())
-    cache = KVCache(model.config, 16, 3, prefix)
+    cache = KVCache(model.config, prefix=prefix)
     model(random_ids(16, 3), cache)
     assert cache.prefix.keys[0].shape == (1, 2, 40, 6) and cache.keys[0].shape == (16, 2, 3, 6)
 
@@ -245,6 +244,28 @@ def test_the_rounding_of_a_parallel_sum_draws_no_token_of_probability_zero(monke
     assert sample(logits, 1.0, None, None, None).item() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limits", [(None, None), (5, None), (None, 0.7), (5, 0.7)])
+def test_sums_that_are_not_monotone_draw_no_token_of_probability_zero(limits, dtype, monkeypatch):
+    """A GPU adds in an order of its own: its running sums may fall by a rounding error, here by a lot."""
+    logits = 3 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, ::3] = -torch.inf
+    logits = logits.to(dtype)
+    plain, generator = torch.Tensor.cumsum, torch.Generator().manual_seed(1)
+
+    def shaky(probs, dim):
+        return plain(probs, dim) + 0.02 * torch.randn(probs.shape, generator=generator)
+
+    top_k, _ = limits
+    allowed = logits > -torch.inf
+    if top_k:
+        allowed &= logits >= logits.topk(top_k).values[:, -1:]
+    monkeypatch.setattr(torch.Tensor, "cumsum", shaky)
+    for seed in range(20):
+        drawn = sample(logits, 1.0, *limits, torch.Generator().manual_seed(seed))
+        assert allowed.gather(1, drawn[:, None]).all()
+
+
 # --------------------------------------------------------------------------------- half precision, by autocast
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("n_kv_head", [2, 4])
@@ -263,7 +284,7 @@ def test_cached_decoding_under_autocast(dtype, biases, n_kv_head, adapters):
             ids, mask = model.generate(prompts, 6, temperature=0, prefix=prefix)
             assert ids.shape == (2, 6) and mask.all()
         with torch.no_grad():
-            ids, cache = random_ids(2, 9), KVCache(model.config, 2, 12)
+            ids, cache = random_ids(2, 9), KVCache(model.config, 5)
             pieces = torch.cat(
                 [model(part, cache) for part in ids.split([4, 1, 4], dim=1)], dim=1
             ).float()
@@ -324,12 +345,15 @@ def test_the_eps_of_every_norm_reaches_its_module():
 
 # --------------------------------------------------------------------------------------------------- errors
 def test_position_limit_is_a_clear_error(model):
-    with pytest.raises(ValueError, match="70 positions .* limit of 64 by 6"):
+    with pytest.raises(ValueError, match="70 positions exceed the model's limit of 64"):
         model(random_ids(1, 70))
-    with pytest.raises(ValueError, match="shared prefix 60"), torch.no_grad():
-        model(random_ids(1, 9), KVCache(model.config, 1, 9, model.read(random_ids(60).tolist())))
-    with pytest.raises(ValueError, match="by 1"):
+    with pytest.raises(ValueError, match="69 positions"), torch.no_grad():
+        prefix = model.read(random_ids(60).tolist())
+        model(random_ids(1, 9), KVCache(model.config, prefix=prefix))
+    with pytest.raises(ValueError, match="65 positions"):
         model.generate([random_ids(60).tolist()], 6, temperature=0)  # 60 + 5 tokens are read
+    ids, _ = model.generate([random_ids(60).tolist()], 5, temperature=0)
+    assert ids.shape == (1, 5)
 
 
 def test_refusals():
@@ -348,10 +372,10 @@ def test_refusals():
             model.generate([[1]], 3, **bad)
     with pytest.raises(ValueError, match="a token in each"):
         model.generate([[1], []], 3)
+    cache = KVCache(model.config, 1)
+    model(random_ids(1, 3), cache)
     with pytest.raises(RuntimeError, match="no_grad"):
-        model(random_ids(1, 3), KVCache(model.config, 1, 4))
-    with pytest.raises(ValueError, match="holds 2 tokens, 3 needed"), torch.no_grad():
-        model(random_ids(1, 3), KVCache(model.config, 1, 2))
+        model(random_ids(1, 1), cache)
     with pytest.raises(ValueError):
         model(random_ids(3))  # not (B, T)
 
@@ -387,29 +411,6 @@ def test_what_was_trained_comes_back_and_a_missing_name_is_an_error(adapters):
     for name in saved:
         with pytest.raises(KeyError, match=name):
             load_weights(other, {other: p for other, p in saved.items() if other != name})
-
-
-def test_perplexity_by_hand(model):
-    """Every token but a text's first counts once, whatever the length of its text."""
-    texts = [random_ids(n, seed=n).tolist() for n in (2, 9, 1, 5)]
-    total, count = 0.0, 0
-    for text in texts:
-        for t in range(1, len(text)):
-            with torch.no_grad():
-                probability = model(torch.tensor([text[:t]]))[0, -1].softmax(-1)[text[t]]
-            total, count = total - probability.log().item(), count + 1
-    assert count == 1 + 8 + 4
-    by_hand = torch.tensor(total / count).exp().item()
-    assert perplexity(model, texts) == pytest.approx(by_hand, rel=1e-5)
-    assert perplexity(model, texts[:2] + texts[3:]) == perplexity(model, texts)
-    by_text = [perplexity(model, [text]) for text in texts if len(text) > 1]
-    mean = torch.tensor(by_text).log().mean().exp().item()
-    assert mean != pytest.approx(by_hand, rel=1e-3)  # a mean of the texts' means is another number
-
-
-def test_perplexity_reads_a_text_up_to_the_position_limit():
-    model, text = tiny_gpt(), random_ids(70).tolist()
-    assert perplexity(model, [text]) == perplexity(model, [text[:64]])
 
 
 # ----------------------------------------------------------------------------------------- rotary positions

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ import torch
 import transformers
 from conftest import ROOT, tiny_checkpoint
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+import adapters
 
 import train
 from contexts import KINDS, open_chat, student_prompt
@@ -54,7 +59,6 @@ def lines(path, rows):
 def files(tmp_path):
     (tmp_path / "pirate.json").write_text(json.dumps(PIRATE))
     (tmp_path / "spec.md").write_text("# Rules\n\nNever {say} no.\n")
-    (tmp_path / "text.txt").write_text("A plain text.\n\nWith two paragraphs.")
     lines(tmp_path / "train.jsonl", ROWS)
     asked = [row | {"prompt": row["prompt"].replace("What is", "Tell me")} for row in ROWS[:6]]
     lines(tmp_path / "heldout.jsonl", asked)
@@ -128,7 +132,9 @@ def students(monkeypatch):
 @pytest.mark.parametrize("context", KINDS)
 def test_every_kind_by_every_method(files, checkpoint, students, context, method):
     result = run_one(files, checkpoint, context, method=method, score="contains")
-    assert {"score"} == result["before"]["teacher"].keys() == result["after"]["task"].keys()
+    assert (
+        {"score", "cut_off"} == result["before"]["teacher"].keys() == result["after"]["task"].keys()
+    )
     assert result["before"]["kl"] > 0 < result["after"]["kl"] and result["after"]["drift_new"] > 0
     assert result["before"]["drift_new"] == pytest.approx(0, abs=1e-6)
     assert result["before"]["tokens_saved"] > 0
@@ -148,16 +154,13 @@ def test_every_kind_by_every_method(files, checkpoint, students, context, method
         {"lora": 2, "dtype": "bf16", "teacher": "ema"},
         {"lora": 2, "dtype": "fp16", "teacher": "live"},
         {"dtype": "bf16", "divergence": "reverse_kl", "reduction": "sequence", "skip": 1},
-        {"divergence": "policy_gradient", "export": "none", "shots": 2},
-        {"export": "none", "method": "all", "heldout": None},
+        {"divergence": "policy_gradient", "shots": 2},
+        {"method": "all", "heldout": None},
     ],
 )
 def test_other_choices_and_their_export(files, checkpoint, students, changes):
     result = run_one(files, checkpoint, **changes)
     export = Path(result["folder"]) / "export"
-    if changes.get("export") == "none":
-        assert not export.exists() and state_of(result)["model"]
-        return
     ids, theirs = their_logits(export)
     assert theirs.dtype == torch.float32
     torch.testing.assert_close(theirs, students[0](ids), rtol=1e-4, atol=1e-5)
@@ -165,8 +168,9 @@ def test_other_choices_and_their_export(files, checkpoint, students, changes):
 
 def test_adapters_for_peft_give_the_students_logits(files, checkpoint, students):
     peft = pytest.importorskip("peft")
-    result = run_one(files, checkpoint, lora=3, export="adapters", lr=0.02)
-    export = Path(result["folder"]) / "export"
+    result = run_one(files, checkpoint, lora=3, lr=0.02)
+    assert adapters.main([result["folder"]]) == 0
+    export = Path(result["folder"]) / "adapters"
     assert {f.name for f in export.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -188,8 +192,27 @@ def test_a_second_end_token_is_kept_in_the_export(files, tmp_path):
     assert open_chat(f"{result['folder']}/export", 264).ends == {5, 257}
 
 
+def test_the_export_has_the_files_of_the_original_tokenizer(files, tmp_path):
+    """To the byte: written by another version of transformers they may name a class that nobody else knows."""
+    folder = tiny_checkpoint(tmp_path / "model")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told["tokenizer_class"] = "PreTrainedTokenizerFast"  # as transformers 4 writes it
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    for name in ("special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"):
+        (folder / name).write_text("{}")
+    (folder / "README.md").write_text("of the base")
+    (folder / "tokenizers").mkdir()
+    export = Path(run_one(files, str(folder))["folder"]) / "export"
+    names = {path.name for path in export.iterdir()}
+    weights = {"config.json", "generation_config.json", "model.safetensors"}
+    theirs = {path.name for path in folder.iterdir() if path.is_file()} - weights - {"README.md"}
+    assert names == weights | theirs and "chat_template.jinja" in theirs
+    for name in theirs:
+        assert (export / name).read_bytes() == (folder / name).read_bytes()
+
+
 def test_the_students_kl_to_the_teacher_falls(files, checkpoint):
-    result = run_one(files, checkpoint, steps=40, batch=8, lr=0.003, eval_every=20, export="none")
+    result = run_one(files, checkpoint, steps=40, batch=8, lr=0.003, eval_every=20)
     kl = [result["before"]["kl"], *[row["kl"] for row in result["curve"]], result["after"]["kl"]]
     assert len(kl) == 4 and kl[-1] < 0.7 * kl[0]
 
@@ -235,21 +258,26 @@ def test_kl_before_and_after_by_hand(files, checkpoint, monkeypatch):
     assert result["after"]["kl"] != pytest.approx(result["before"]["kl"], rel=0.01)
 
 
-def test_the_perplexity_of_an_unrelated_text_by_hand(files, checkpoint):
-    result = run_one(files, checkpoint, unrelated=files / "text.txt", lr=0.01)
+def test_the_perplexity_of_a_text_by_hand(files, checkpoint, capsys):
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    import perplexity
+
+    (files / "text.txt").write_text("A plain text.\n\nWith two paragraphs.\n\nx\n")
+    result = run_one(files, checkpoint, lr=0.01)
+    folders = [checkpoint, f"{result['folder']}/export"]
+    capsys.readouterr()
+    assert perplexity.main([str(files / "text.txt"), *folders]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    for folder, measured in [
-        (checkpoint, result["before"]["perplexity"]),
-        (f"{result['folder']}/export", result["after"]["perplexity"]),
-    ]:
+    for folder, said in zip(folders, capsys.readouterr().out.splitlines()):
         theirs, nats = transformers.AutoModelForCausalLM.from_pretrained(folder), []
         for text in ("A plain text.", "With two paragraphs."):
             ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
             logs = theirs(ids).logits.detach()[0, :-1].log_softmax(-1)
             nats += [-row[token].item() for row, token in zip(logs, ids[0, 1:])]
-        by_hand = torch.tensor(nats).mean().exp().item()
-        assert measured == pytest.approx(by_hand, rel=1e-4)
-    assert result["before"]["perplexity"] != result["after"]["perplexity"]
+        assert said == f"{torch.tensor(nats).mean().exp():8.2f}  {folder}"
+    (files / "text.txt").write_text("x")
+    assert perplexity.main([str(files / "text.txt"), checkpoint]) == 2
+    assert "text.txt: no paragraph has two tokens" in capsys.readouterr().err
 
 
 def test_anchors_from_a_file_are_scored_by_the_base(files, checkpoint, monkeypatch):
@@ -323,7 +351,7 @@ def killed(argv, target, when):
 @pytest.mark.parametrize(
     "target, when, changes",
     [
-        ("task_rows", 4, {"teacher": "ema", "lora": 2, "export": "adapters"}),
+        ("task_rows", 4, {"teacher": "ema", "lora": 2}),
         ("save_run", 7, {}),  # the export is written, the result not saved
     ],
 )
@@ -341,7 +369,7 @@ def test_resume_after_kill_9_equals_an_uninterrupted_run(files, checkpoint, targ
         assert resumed[key] == json.loads(json.dumps(whole[key]))
     logs = [state_of(result)["log"] for result in (resumed, whole)]
     assert [row | {"seconds": 0} for row in logs[0]] == [row | {"seconds": 0} for row in logs[1]]
-    exports = [sorted((place / "export").iterdir()) for place in (folder, Path(whole["folder"]))]
+    exports = [sorted(place.glob("export/*")) for place in (folder, Path(whole["folder"]))]
     mine, theirs = exports
     assert [path.name for path in mine] == [path.name for path in theirs]
     for one, other in zip(mine, theirs):
@@ -383,21 +411,33 @@ def test_a_new_export_leaves_nothing_of_a_stopped_one(files, checkpoint, monkeyp
     assert found == ["model"] and not list((files / "out").glob("*.unfinished"))
 
 
-def test_another_export_is_another_run(files, checkpoint):
-    without = run_one(files, checkpoint, export="none")
-    merged = run_one(files, checkpoint, resume=True)
-    assert merged["folder"] != without["folder"] and (Path(merged["folder"]) / "export").exists()
+def test_adapters_that_cannot_be_written_are_refused_in_one_line(files, checkpoint, capsys):
+    result = run_one(files, checkpoint)
+    for folder, message in [(result["folder"], "--lora"), (files / "nowhere", "No such file")]:
+        assert adapters.main([str(folder)]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_adapters_of_gpt2_are_refused_before_training(files, tmp_path, capsys):
-    import transformers
+def test_help_comes_in_groups_and_names_each_flag_once(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = capsys.readouterr().out
+    titles = ["what to learn, and how:", "your own model:", "the run:"]
+    places = [said.index(title) for title in titles]
+    assert places == sorted(places)
+    for flag, group in (("--steps", 0), ("--context-file", 1), ("--resume", 2)):
+        assert said.count(f"  {flag} ") + said.count(f"  {flag},") == 1
+        later = [place for place in places if place > said.index(f"  {flag}")]
+        assert len(later) == 2 - group
 
-    shape = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 264, "n_positions": 512}
-    transformers.GPT2Config(**shape).save_pretrained(tmp_path / "gpt2")
-    before = contents(files)
-    how = flags(files, str(tmp_path / "gpt2"), lora=2, export="adapters")
-    assert main(how) == 2 and "use --export merged" in capsys.readouterr().err
-    assert contents(files) == before
+
+def test_threads_that_have_nothing_to_do_sleep():
+    """In a process of its own: it must be set before torch is imported."""
+    code = "import os, train; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"):
+        here = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=here, capture_output=True)
+        assert said.stdout.decode().strip() == expected
 
 
 def test_a_damaged_state_is_named(files, checkpoint, capsys):
@@ -416,28 +456,9 @@ def test_dry_run_writes_nothing_and_loads_no_weights(files, checkpoint, monkeypa
     monkeypatch.setattr(GPT, "from_pretrained", None)
     before = contents(files)
     assert main(flags(files, checkpoint, dry_run=True, lora=4)) == 0
-    assert "M parameters; with context up to" in capsys.readouterr().out
+    assert "memory and time: python notebooks/plan.py" in capsys.readouterr().err
     assert contents(files) == before and not (files / "out").exists()
     assert main(flags(files, checkpoint, dry_run=True, score="vibes")) == 2
-
-
-@pytest.mark.parametrize("what", ["model", "prompts", "unfinished"])
-def test_an_input_inside_a_runs_folder_is_refused(files, checkpoint, capsys, what):
-    """The run might replace what it reads."""
-    folder = Path(run_one(files, checkpoint)["folder"])
-    if what == "unfinished":
-        folder = folder.rename(folder.with_suffix(".unfinished"))
-    changes = {"model": folder / "export"}
-    if what == "prompts":
-        changes = {"prompts": lines(folder / "mine.jsonl", ROWS)}
-    before = contents(files)
-    for out in (files / "out", files / "elsewhere"):
-        for method in ("cosd", "sft"):
-            settings = changes | {"method": method, "out": out}
-            assert main(flags(files, checkpoint, **settings)) == 2
-            said = capsys.readouterr().err.strip().splitlines()[-1]
-            assert f"lies in the output folder {folder}: copy it elsewhere first" in said
-    assert contents(files) == before and not (files / "elsewhere").exists()
 
 
 # ----------------------------------------------------------------------------------------- bad input
@@ -451,7 +472,7 @@ CASES = {  # what is wrong: {file: content}, flags, what is said
     "no context": ({}, {"context_file": None}, "train.jsonl:1: "),
     "bad chat": ({"pirate.json": '[{"role": "user", "content": "a"}]'}, {}, "pirate.json: "),
     "too deep": ({"pirate.json": "[" * 100_000}, {}, "pirate.json: "),
-    "too long": ({"pirate.json": json.dumps(PIRATE).replace("pirate", "p" * 600)}, {}, "by "),
+    "too long": ({"pirate.json": json.dumps(PIRATE).replace("pirate", "p" * 600)}, {}, "too many"),
     "nothing to imitate": (
         {"train.jsonl": '{"prompt": "a"}'},
         {"method": "sft"},
@@ -466,10 +487,39 @@ CASES = {  # what is wrong: {file: content}, flags, what is said
         "ZeroDiv",
     ),
     "template": ({"t.txt": "nothing"}, {"template": "t.txt"}, "must be {context}"),
-    "no text": ({"u.txt": "x"}, {"unrelated": "u.txt"}, "no paragraph has two tokens"),
     "anchors": ({"a.jsonl": '{"prompt": "a"}'}, {"anchor_file": "a.jsonl"}, "a.jsonl: "),
     "no model": ({}, {"model": "/nowhere/model"}, "--model /nowhere/model: "),
 }
+
+
+@pytest.mark.parametrize("what", ["model", "prompts", "deep", "unfinished"])
+def test_an_input_inside_a_runs_folder_is_refused(files, checkpoint, capsys, what):
+    """The run might replace what it reads."""
+    folder = Path(run_one(files, checkpoint)["folder"])
+    if what == "unfinished":
+        folder = folder.rename(folder.with_suffix(".unfinished"))
+    changes = {"model": folder / "export"}
+    if what in ("prompts", "deep"):
+        place = folder / "my" / "files" if what == "deep" else folder
+        place.mkdir(parents=True, exist_ok=True)
+        changes = {"prompts": lines(place / "mine.jsonl", ROWS)}
+    before = contents(files)
+    for out in (files / "out", files / "elsewhere"):
+        for method in ("cosd", "sft"):
+            settings = changes | {"method": method, "out": out}
+            assert main(flags(files, checkpoint, **settings)) == 2
+            said = capsys.readouterr().err.strip().splitlines()[-1]
+            assert "lies in a run's folder, which may be replaced: copy it first" in said
+    assert contents(files) == before and not (files / "elsewhere").exists()
+
+
+def test_one_context_after_the_other(files, checkpoint):
+    """A run may start from a copy of another's export."""
+    first = run_one(files, checkpoint, lr=0.01)
+    copy = shutil.copytree(f"{first['folder']}/export", files / "first")
+    second = run_one(files, str(copy), "specification", lr=0.01)
+    (_, one), (_, two) = (their_logits(f"{result['folder']}/export") for result in (first, second))
+    assert not torch.allclose(one, two, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)

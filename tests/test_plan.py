@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -150,8 +151,53 @@ def test_the_command_says_whether_it_fits_and_what_to_turn(checkpoint, tmp_path,
     assert "It fits 16 GB" in said and "autocast bfloat16" in said
     assert planner.main([*given, "--card", "0.5"]) == 0
     assert "It does not fit 0.5 GB, whatever is turned" in capsys.readouterr().out
+    assert "--lr 5e-05: 2e-05 to 0.0001 is where to look" in said and "s a step" not in said
+    assert planner.main([*given, "--lora", "2", "--lr", "5e-5", "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "--lr 5e-05, which is outside: 0.0002 to 0.001" in said
+    assert re.search(
+        r"measured here: [\d.]+ s a step, 40 of them .* evaluation .* together about", said
+    )
     assert planner.main(["--card", "16"]) == 2
     assert "--model FOLDER is missing" in capsys.readouterr().err
+
+
+def test_problems_that_the_context_has_solved_say_nothing_held_out(checkpoint, tmp_path, capsys):
+    rows = [json.dumps({"prompt": f"Say {i}.", "answer": str(i)}) + "\n" for i in range(16)]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    given = ["--model", checkpoint, "--context", "instructions", "--card", "16"]
+    given += ["--prompts", str(tmp_path / "prompts.jsonl")]
+    for lines, said in ((rows[5:9], "1 held-out prompts are solved in"), (rows[:5], "")):
+        (tmp_path / "solved.jsonl").write_text("".join(lines))
+        assert planner.main([*given, "--context-file", str(tmp_path / "solved.jsonl")]) == 0
+        out = capsys.readouterr().out
+        assert said in out and ("are solved in" in out) == bool(said)
+
+
+def test_a_measured_step_is_that_of_the_loop(checkpoint, tmp_path, monkeypatch):
+    """The same weights after it as after a step of `train.fit`."""
+    import train
+    from contexts import file_task, open_chat
+    from model import GPT
+
+    rows = [json.dumps({"prompt": f"Say {i}."}) + "\n" for i in range(16)]
+    (tmp_path / "p.jsonl").write_text("".join(rows))
+    (tmp_path / "c.txt").write_text("Answer in one word.")
+    how = dict(model=checkpoint, context="instructions", device="cpu", max_new_tokens=4, batch=4)
+    how |= dict(prompts=str(tmp_path / "p.jsonl"), context_file=str(tmp_path / "c.txt"), steps=1)
+    cfg = Config(**how, lr=1e-3).resolved("cosd")
+    task = file_task(cfg, open_chat(checkpoint, 264), 512)
+    monkeypatch.setattr(train, "save_run", lambda run: None)
+    monkeypatch.setattr(train, "evaluate", lambda run: None)
+    runs = [train.assemble(cfg, task, GPT.from_pretrained(checkpoint), {}, tmp_path) for _ in "ab"]
+    train.fit(runs[0])
+    for group in runs[1].optimizer.param_groups:  # the rate of the first step
+        group["lr"] = cfg.lr / (train.METHODS["cosd"].warmup + 1)
+    planner.one_step(runs[1], 0)
+    for one, other in zip(*(run.student.parameters() for run in runs)):
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=2e-4 * cfg.lr + 1e-7
+        )  # but for clipping
 
 
 def test_the_advice_is_the_first_that_fits():

@@ -645,7 +645,7 @@ def example(prompt="mot reverse swap rotate"):
 
 
 def tokens(text):
-    return contexts.WORLD_CHAT.encode(text) + [contexts.END]
+    return contexts.encode(text) + [contexts.END]
 
 
 def test_the_true_reward_by_hand():

@@ -1,15 +1,20 @@
 """A real model, SmolLM2-135M-Instruct: exact beside transformers, and one step of training (-m slow).
 Notebook 05 compiles a context into it."""
 
+import sys
+
 import pytest
 import torch
 import transformers
 from conftest import ROOT
 
 import train
-from contexts import open_chat, read_paragraphs
-from model import GPT, perplexity
+from contexts import open_chat
+from model import GPT
 from train import Config
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+from perplexity import perplexity, read_paragraphs
 
 pytestmark = pytest.mark.slow
 DATA = ROOT / "notebooks" / "data"
@@ -27,9 +32,10 @@ def pair(smollm2):
 
 
 @torch.no_grad()
-def test_logits_equal_transformers(pair):
+def test_logits_equal_transformers(pair, smollm2):
     mine, theirs, chat = pair
-    ids = torch.tensor([chat.encode((DATA / "plain.txt").read_text())[:256]])
+    (row, *_) = read_paragraphs(str(DATA / "plain.txt"), smollm2, 256)
+    ids = torch.tensor([row])
     expected = theirs(ids).logits
     assert ((mine(ids) - expected).norm() / expected.norm()).item() < 1e-5
 
@@ -46,10 +52,10 @@ def test_greedy_answers_equal_token_for_token(pair):
         assert said[0, len(prompt) :].tolist() == row[m].tolist()
 
 
-def test_perplexity_on_plain_english(pair):
+def test_perplexity_on_plain_english(pair, smollm2):
     """A sanity check of the conversion: query and key rows left in the GGUF file's order give several times as much."""
     mine, theirs, chat = pair
-    paragraphs = read_paragraphs(str(DATA / "plain.txt"), chat, 8192)
+    paragraphs = read_paragraphs(str(DATA / "plain.txt"), smollm2, 8192)
     total, count = 0.0, 0
     for row in paragraphs:
         ids = torch.tensor([row])

@@ -458,7 +458,7 @@ sys.exit(train.main(sys.argv[1:]))
         ("train.os.replace", 12, "fp32"),  # between the state and its projections
         ("train.os.replace", 14, "fp32"),
         ("train.torch.save", 13, "fp32"),  # the last save
-        ("train.shutil.rmtree", 3, "fp32"),  # while the folder gets its name
+        ("train.shutil.rmtree", 2, "fp32"),  # while the folder gets its name
         ("train.cosd_loss", 12, "fp16"),
     ],
 )
@@ -751,17 +751,12 @@ def test_defaults_depend_on_the_method_and_on_the_model(tmp_path):
         (["--divergence", "policy_gradient", "--method", "offline"], "needs --method cosd"),
         (["--divergence", "policy_gradient", "--temperature", "0.5"], "and --temperature 1"),
         (["--divergence", "policy_gradient", "--top-k", "5"], "no --top-k"),
-        (["--d-model", "40000000"], "out of memory: lower --micro-batch"),
         (["--device", "toaster"], "--device toaster"),
         (["--lr", "nan"], "--lr nan: must be at least 0"),
         (["--seed", "100000000000000000000"], "--seed 100000000000000000000"),
         (["--score", "exact"], "--score without --model"),
         (["--model", "x", "--context", "instructions"], "--model needs --prompts"),
         (["--model", "x", "--prompts", "x"], "--model needs --context"),
-        (
-            ["--export", "adapters", "--model", "x", "--context", "instructions", "--prompts", "x"],
-            "needs --lora",
-        ),
         (["--out", "/proc/nowhere"], "/proc/nowhere"),
     ],
 )

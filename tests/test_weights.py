@@ -30,6 +30,7 @@ GPT2 = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+THETA = {"rope_type": "default", "rope_theta": 1e6}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -61,10 +62,10 @@ CASES = {
         "Llama",
         dict(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e3}),
     ),
-    "mistral": ("Mistral", dict(sliding_window=None)),
+    "mistral": ("Mistral", dict(sliding_window=None, rope_parameters=THETA)),
     "mistral, window as wide as the model": ("Mistral", dict(sliding_window=64)),
-    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen3": ("Qwen3", dict(head_dim=12)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True, rope_parameters=THETA)),
+    "qwen3": ("Qwen3", dict(head_dim=12, rope_parameters=THETA)),
     "qwen3, biased, tied": (
         "Qwen3",
         dict(head_dim=12, attention_bias=True, tie_word_embeddings=True),
@@ -141,6 +142,57 @@ def test_a_model_made_here_exports_as_llama_or_qwen3(changes, family, tmp_path):
     assert GPT.from_pretrained(tmp_path).config == model.config
 
 
+# What decides the logits, as transformers 4.57.3 reads it from config.json: the parameters of its config classes
+# (`inspect.signature(LlamaConfig.__init__)` and so on). `rope_parameters` is none of them.
+READ_BY_4 = {
+    "gpt2": "vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
+    "scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn",
+    "llama": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling attention_bias mlp_bias head_dim",
+    "mistral": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rms_norm_eps rope_theta head_dim sliding_window",
+    "qwen2": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling use_sliding_window sliding_window "
+    "max_window_layers layer_types",
+}
+READ_BY_4["qwen3"] = READ_BY_4["qwen2"] + " attention_bias head_dim"
+
+
+def frequencies_of_4(config):
+    """The angles per position as `modeling_rope_utils` of 4.57.3 computes them, from the two old names alone."""
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    freq = 1.0 / config["rope_theta"] ** (torch.arange(0, width, 2).float() / width)
+    scaling = config.get("rope_scaling")
+    if scaling is None:
+        return freq
+    if scaling["rope_type"] == "linear":
+        return freq / scaling["factor"]
+    old = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    length = 2 * torch.pi / freq
+    smooth = (old / length - low) / (high - low)
+    between = (1 - smooth) * freq / scaling["factor"] + smooth * freq
+    far = torch.where(length > old / low, freq / scaling["factor"], freq)
+    return torch.where((length <= old / low) & (length >= old / high), between, far)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_4_finds_all_that_it_reads(case, tmp_path):
+    """By hand: all eleven exports have the same logits to the bit in 4.57.3, where they were off by .8 before."""
+    family, changes = CASES[case]
+    theirs = hugging_face_model(family, **changes)
+    theirs.save_pretrained(tmp_path / "in")
+    mine = GPT.from_pretrained(tmp_path / "in")
+    mine.save_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    for name in READ_BY_4[written["model_type"]].split():
+        assert name in written, name
+        if name not in ("rope_theta", "rope_scaling"):
+            assert written[name] == getattr(theirs.config, name)
+    if family != "GPT2":
+        torch.testing.assert_close(frequencies_of_4(written), mine.frequencies)
+
+
 def test_original_gpt2_files_without_prefix_and_with_their_old_buffers(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -155,6 +207,33 @@ def test_original_gpt2_files_without_prefix_and_with_their_old_buffers(tmp_path)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert relative_error(GPT.from_pretrained(tmp_path)(ids), theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["head alone", "embedding alone", "both", "another head"])
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_a_tied_checkpoint_by_whichever_name_it_holds(case, family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    theirs = hugging_face_model(family, tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    name = {"Llama": "model.embed_tokens.weight", "GPT2": "transformer.wte.weight"}[family]
+    embedding = state.pop(name)
+    if case != "head alone":
+        state[name] = embedding
+    if case != "embedding alone":
+        state["lm_head.weight"] = embedding.clone() + (case == "another head")
+    save_file(state, file, metadata={"format": "pt"})
+    if case == "another head":  # transformers unties these, whatever the config says
+        with pytest.raises(ValueError, match="a tied head that is another matrix"):
+            GPT.from_pretrained(tmp_path)
+        return
+    mine = GPT.from_pretrained(tmp_path)
+    assert mine.head.weight is mine.embed.weight and torch.equal(mine.embed.weight, embedding)
+    mine.save_pretrained(tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(held) == len(theirs.state_dict()) - 1  # written once
 
 
 def test_dtype_by_choice_and_sampling_from_loaded_weights(tmp_path):

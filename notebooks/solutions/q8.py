@@ -1,14 +1,15 @@
-"""A fifth context: a rate of exchange. `3 mot` asks what three coins are worth; only the context says how much one is."""
+"""A fifth context: how a language makes its plural. `many mot` asks for it; only the context says what the ending is."""
 
-from contexts import Example, Kind, draw_word
+from contexts import CONSONANTS, VOWELS, Example, Kind, draw_word
 
-DESCRIPTION = "E, a table: the context gives what one coin of that name is worth today, the prompt how many there are, the answer the sum."
-
-
-def draw(rng, heldout=None):
-    coin, count, worth = draw_word(rng, heldout), rng.randint(2, 9), rng.randint(2, 9)
-    answer, said = str(count * worth), f"that makes {count * worth}"
-    return Example("exchange", f"one {coin} is {worth}", f"{count} {coin}", answer, said)
+DESCRIPTION = "E, a rule of grammar: the context gives the ending of the plural, the prompt a word, the answer its plural."
 
 
-KIND = Kind(letter="E", method="a rate of exchange", draw=draw, share=0.2, drop=0.2)
+def draw(rng, heldout=None, ending=None):
+    word = draw_word(rng, heldout)
+    ending = ending or rng.choice(CONSONANTS) + rng.choice(VOWELS)
+    answer = word + ending
+    return Example("plural", f"ends in {ending}", f"many {word}", answer, f"one says {answer}")
+
+
+KIND = Kind("E", "a rule of grammar", draw, share=0.2, drop=0.2, task={"ending": "li"})
