@@ -236,8 +236,7 @@ def attention_weights(model, chat):
     future = torch.ones(T, T).triu(1).bool()
     weights = []
     for layer in range(len(model.blocks)):
-        q = rotate(caught[layer, "q"], cos, sin)  # (H, T, E)
-        k = rotate(caught[layer, "k"], cos, sin)
+        q, k = (rotate(caught[layer, part], cos, sin) for part in "qk")  # (H, T, E) each
         w = (q @ k.transpose(1, 2) / E**0.5).masked_fill(future, float("-inf")).softmax(-1)
         assert torch.allclose(w @ caught[layer, "v"], caught[layer, "mixed"], atol=1e-4)
         weights.append(w)

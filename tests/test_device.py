@@ -151,7 +151,7 @@ def in_the_world(folder):
 
 
 def own_model(folder):
-    """A model from files, stopped and resumed, anchors, perplexity, export."""
+    """A model from files, stopped and resumed, anchors, export."""
     from conftest import tiny_checkpoint
 
     import train
@@ -162,7 +162,7 @@ def own_model(folder):
     prompts.write_text("\n".join(lines))
     context.write_text("Answer like a pirate, in rhymes, always.")
     own = {"model": str(checkpoint), "prompts": str(prompts), "context_file": str(context)}
-    own |= {"context": "instructions", "unrelated": str(context), "anchor_file": str(prompts)}
+    own |= {"context": "instructions", "anchor_file": str(prompts)}
     measured = []
     for case in OWN:
         cfg = train.Config(**SMALL | own | case, device="fake", out=f"{folder}/fake")
