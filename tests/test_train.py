@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,16 @@ ROOT = Path(__file__).parent.parent
 SMOKE = PRESETS["smoke"]
 TWELVE = ["--preset", "smoke", "--context", "instructions", "--method", "cosd", "--steps", "12"]
 TWELVE += ["--teacher", "ema", "--device", "cpu"]
+
+
+SMALL_WORLD = {"d_model": 32, "head_dim": 8, "d_ff": 96}  # fp16 is slow on a CPU
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "GPTConfig", partial(train.GPTConfig, **SMALL_WORLD))
+        yield
 
 
 def smoke(out, **changes):
@@ -438,7 +449,11 @@ def test_same_seed_same_weights_other_seed_others(reference, out):
 
 
 KILL = """
-import os, signal, sys, train
+import os, signal, sys
+from functools import partial
+import torch, train
+torch.set_num_threads({threads})  # as many as here: sums are split among them
+train.GPTConfig = partial(train.GPTConfig, **{shape})
 train.SAVE_SECONDS, train.subprocess.run = 0, lambda *args, **kwargs: None
 calls, original = [], {target}
 def killing(*args, **kwargs):
@@ -472,7 +487,7 @@ def test_resume_after_kill_9_equals_an_uninterrupted_run(
         for base in whole.glob("base-*"):
             shutil.copytree(base, out / base.name, dirs_exist_ok=True)
     flags = [*TWELVE, "--dtype", "auto" if dtype == "fp32" else dtype, "--out", str(out)]
-    code = KILL.format(target=target, when=when)
+    code = KILL.format(target=target, when=when, threads=torch.get_num_threads(), shape=SMALL_WORLD)
     killed = subprocess.run(
         [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
     )
