@@ -130,12 +130,10 @@ SMALL = {"steps": 2, "batch": 4, "pretrain_steps": 2, "eval_size": 2, "dtype": "
 SMALL |= {"method": "cosd", "max_new_tokens": 4}
 EVERYTHING = {"micro_batch": 3, "chunk": 5, "checkpointing": True, "eval_every": 2, "anchors": 0.5}
 WORLD = [
-    {"context": "demonstrations"},
-    {"context": "specification", "teacher": "ema"} | EVERYTHING,
     {"context": "instructions", "teacher": "live", "divergence": "jsd"},
+    {"context": "specification", "teacher": "ema"} | EVERYTHING,
     {"context": "privileged", "lora": 2, "divergence": "reverse_kl", "top_k": 3} | EVERYTHING,
-    {"context": "demonstrations", "method": "sft"},
-    {"context": "instructions", "method": "offline", "teacher": "ema", "lora": 2},
+    {"context": "demonstrations", "method": "offline", "steps": 1},
 ]
 OWN = [{}, {"lora": 2, "anchors": 0.5, "teacher": "ema"}]
 

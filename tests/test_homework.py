@@ -1,7 +1,7 @@
 """The homework: what the student's copy holds, and whether the grader is just.
 
 Wrong answers must lose points in the parts that they get wrong and nowhere else; right answers that look otherwise must lose none;
-a submission may do anything, and reaches nothing. See answers.py. By default a fifth of the wrong answers are judged, on the first
+a submission may do anything, and reaches nothing. See answers.py. By default a tenth of the wrong answers are judged, on the first
 part that they must lose; `-m slow` judges every one on all parts.
 """
 
@@ -108,11 +108,11 @@ NAMES = [f"{w[0]}: {w[1]}" for w in WRONG]
 
 
 def thinned(answers, every):
-    """All of them, but most are slow: a fifth of the wrong answers and a third of the right ones are tried by default."""
+    """All of them, but most are slow: a tenth of the wrong answers and a third of the right ones are tried by default."""
     return [pytest.param(*a, marks=[SLOW] * bool(i % every)) for i, a in enumerate(answers)]
 
 
-@pytest.mark.parametrize("question, what, parts, old, new", thinned(WRONG, 5), ids=NAMES)
+@pytest.mark.parametrize("question, what, parts, old, new", thinned(WRONG, 10), ids=NAMES)
 def test_a_wrong_answer_loses_points(question, what, parts, old, new, judged):
     """On the first part that it must lose; and says why."""
     (part,) = judged(question, changed(question, old, new), parts[:1]).values()

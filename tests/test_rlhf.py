@@ -734,6 +734,7 @@ def test_tries_leave_the_training_words_and_chains():
             assert e.answer == contexts.worked(e.prompt)
 
 
+@pytest.mark.slow
 def test_smoke_runs_every_experiment_once(tmp_path, capsys):
     """All jobs in small; the second time nothing is left to do. Then the page is made of what was run."""
     options = ["--smoke", "--seeds", "1", "--out", str(tmp_path / "out")]
