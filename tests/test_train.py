@@ -471,8 +471,8 @@ sys.exit(train.main(sys.argv[1:]))
     [
         ("train.cosd_loss", 12, "fp32"),  # in the loop, the base being there
         ("train.os.replace", 12, "fp32"),  # between the state and its projections
-        ("train.os.replace", 14, "fp32"),
-        ("train.torch.save", 13, "fp32"),  # the last save
+        pytest.param("train.os.replace", 14, "fp32", marks=pytest.mark.slow),
+        pytest.param("train.torch.save", 13, "fp32", marks=pytest.mark.slow),  # the last save
         ("train.shutil.rmtree", 2, "fp32"),  # while the folder gets its name
         ("train.cosd_loss", 12, "fp16"),
     ],
