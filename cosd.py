@@ -261,7 +261,6 @@ class ChunkedObjective(torch.autograd.Function):
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(h_s) if wants_hidden else None  # (n, D)
         grad_head = torch.zeros_like(W_s) if wants_head else None  # (V, D)
-        scale = weights.abs().max().clamp(min=1e-30)  # in fp16, w · (Q − P) would underflow
         per_token, entropies = [], []
         for i in range(0, len(weights), chunk):
             rows = slice(i, i + chunk)
@@ -273,8 +272,7 @@ class ChunkedObjective(torch.autograd.Function):
             with torch.enable_grad():
                 d = objective(student_logits, teacher_logits, tokens[rows])  # (chunk,)
             if wants_hidden or wants_head:
-                upstream = weights[rows] / scale
-                (grad,) = torch.autograd.grad(d, student_logits, upstream)  # (chunk, V)
+                (grad,) = torch.autograd.grad(d, student_logits, weights[rows])  # (chunk, V)
             if wants_hidden:
                 grad_hidden[rows] = grad @ W_s
             if wants_head:  # in place: no second (V, D)
@@ -282,18 +280,18 @@ class ChunkedObjective(torch.autograd.Function):
             per_token.append(d.detach())
             entropies.append(entropy(student_logits))
         per_token, entropies = torch.cat(per_token), torch.cat(entropies)
-        ctx.save_for_backward(grad_hidden, grad_head, scale)
+        ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(per_token, entropies)
         return (weights * per_token).sum(), per_token, entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
-        grad_hidden, grad_head, scale = ctx.saved_tensors
+        grad_hidden, grad_head = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(upstream * scale)  # in place: once only
+            grad_hidden = grad_hidden.mul_(upstream)  # in place: once only
         if grad_head is not None:
-            grad_head = grad_head.mul_(upstream * scale)
+            grad_head = grad_head.mul_(upstream)
         return grad_hidden, grad_head, None, None, None, None, None, None
 
 
@@ -321,8 +319,7 @@ def chunked_objective(
             f"of equal, positive lengths, not {lengths}"
         )
     if teacher_head is not None:
-        teacher_head = teacher_head.detach()
-        teacher_hidden = teacher_hidden.detach().to(teacher_head.dtype)
+        teacher_hidden = teacher_hidden.to(teacher_head.dtype)
     student = student_hidden.to(student_head.dtype), student_head
     with torch.autocast(student_head.device.type, enabled=False):  # logits in fp32, as model.Head's
         return ChunkedObjective.apply(

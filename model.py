@@ -151,9 +151,9 @@ def attend(q, k, v, bias=None):
     """PyTorch's fused attention, q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E): causal, or
     with `bias` (B or 1, 1, T, S), 0 or −∞, added to the scores.
 
-    Causal it may be flash attention. In fp32, on an older card, or with a bias it is the
-    memory-efficient kernel, which wants as many key heads as query heads: with fewer, PyTorch would
-    fall back on products that keep all scores. Hence the key heads are repeated.
+    Without a bias PyTorch can use flash attention. With one, in fp32, or on an older card it uses
+    the memory-efficient kernel, which needs as many key heads as query heads; with fewer it would
+    fall back on plain products that keep all scores. So the key heads are repeated here.
     """
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled():
         bias = None if bias is None else bias.float()  # half precision takes six times as long here
@@ -511,9 +511,9 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 
 def capture(step, token):
-    """A step of decoding without its launches: compiled; on CUDA a graph, recorded once and then
-    replayed. A small model's step is a thousand kernels of a few microseconds, each of which costs
-    as much to launch. Shapes never change here, and all that changes is in tensors."""
+    """A decode step that is launched as one: on CUDA a graph, recorded here and then replayed;
+    elsewhere torch.compile. A small model's step is a thousand kernels of a few microseconds, and
+    launching a kernel takes as long. No shape changes, and all that changes is in tensors."""
     if token.device.type != "cuda":
         return torch.compile(step)
     graph, token = torch.cuda.CUDAGraph(), token.clone()
