@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-from evidence import show, table
+from evidence_page import show, table
 from rlhf_evidence import ENOUGH, pass_at_k
 
 RESULTS = ROOT / "notebooks" / "results" / "rlhf"
