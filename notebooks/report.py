@@ -50,7 +50,7 @@ MEANING = {
     "KL before": "KL(student‖teacher) on the student's own held-out samples, nats per token",
     "KL after": "the same after training",
     "lost": "drop in exact match on old skills, the mean over all suites",
-    "prior": "change of exact match on skills that the base had without any context",
+    "prior": "change of exact match on the verbs that the base knew",
     "steerability": "mean change of exact match under other contexts",
     "drift": "KL(base‖tuned) on old prompts in their contexts, nats per token",
     "cut off": "share of the answers after training that --max-new-tokens cut off",
