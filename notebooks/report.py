@@ -227,7 +227,9 @@ def draw(results: list[dict], path: Path) -> None:
     groups: dict[str, list[dict]] = {}
     for result in like_for_like(results):
         groups.setdefault(label(result, results), []).append(result)
-    shown = [panel for panel in PANELS if anywhere(results, panel[3])][:2]
+    able = any(look_up(result, place) > 0 for result in results for place in PANELS[0][2:])
+    panels = PANELS if able else PANELS[2:]  # who gets nothing right can lose nothing, either
+    shown = [panel for panel in panels if anywhere(results, panel[3])][:2]
     if not shown:
         print("No figure: no run has a number to draw.")
         return
@@ -307,6 +309,7 @@ def draw_bar(axis, at: float, width: float, values: list, style: dict, points: b
     if points and len(values) > 1:
         how = {"s": 16, "facecolor": "white", "edgecolor": "black", "linewidth": 0.8, "zorder": 3}
         seen = "a seed" in axis.get_legend_handles_labels()[1]
+        how["clip_on"] = False  # a point at zero is whole
         axis.scatter([at] * len(values), values, label=None if seen else "a seed", **how)
     top = (at, max(0.0, mean, *(values if points else [])))
     how = {"ha": "center", "va": "bottom", "fontsize": 9.5}

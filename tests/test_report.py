@@ -184,6 +184,13 @@ def test_zeros_are_seen_and_no_axis_is_empty(tmp_path, monkeypatch):
     assert points[:, 1].tolist() == [0.0, 0.0]
 
 
+def test_a_base_that_gets_nothing_right_shows_its_kl_alone(tmp_path, monkeypatch):
+    nothing = {"task": {"score": 0.0}, "teacher": {"score": 0.0}} | suites(0.0, 0.0)
+    smoke = report.with_changes(result(before=nothing, after=nothing))
+    axes, _ = drawn(monkeypatch, [smoke], tmp_path / "figure.png")
+    assert list(axes) == ["Left to learn"]
+
+
 def test_the_figure_compares_at_equal_rates_and_the_table_has_all(tmp_path, monkeypatch):
     rates = [("cosd", 2e-4), ("sft", 1e-4), ("sft", 2e-4)]
     runs = [whole(method, config={"lr": lr}, setting=f"{method}{lr}") for method, lr in rates]
