@@ -4,6 +4,11 @@
 
 reads out/*-seed*/state.pt and writes results.json, results.md and figure.png beside them.
 `python train.py` ends with it.
+
+    python notebooks/report.py --readme
+
+prints the README's table, and makes its figure and the tables of the results page again, from the
+results.json of notebooks/results/story and notebooks/results/anchors.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ COLUMNS = {  # title: (where it stands in a result, digits)
     "exact": ("after.task.exact", 2),
     "KL before": ("before.kl", 3),
     "KL after": ("after.kl", 3),
+    "lost": ("lost", 3),
     "prior": ("prior", 3),
     "steerability": ("steerability", 3),
     "drift": ("after.drift", 4),
@@ -43,7 +49,8 @@ MEANING = {
     "exact": "the score that counts the manner as well as the content",
     "KL before": "KL(student‖teacher) on the student's own held-out samples, nats per token",
     "KL after": "the same after training",
-    "prior": "change of exact match on skills that the base had without any context",
+    "lost": "drop in exact match on old skills, the mean over all suites",
+    "prior": "change of exact match on the verbs that the base knew",
     "steerability": "mean change of exact match under other contexts",
     "drift": "KL(base‖tuned) on old prompts in their contexts, nats per token",
     "cut off": "share of the answers after training that --max-new-tokens cut off",
@@ -51,15 +58,22 @@ MEANING = {
     "tokens saved": "length of C in tokens, per prompt",
     "seconds": "training alone",
 }
-PANELS = {  # the figure's, the first four that some run has
-    "Learned: content and manner, without C": "after.task.exact",
-    "Kept: change under other contexts": "steerability",
-    "Forgotten: skills known without context": "prior",
-    "Moved: KL(base‖tuned)": "after.drift",
-    "Learned: score without C": "after.task.score",
-    "Left to learn: KL to the teacher": "after.kl",
-}
-COLORS = {"cosd": "#0072B2", "sft": "#D55E00", "offline": "#CC79A7", "gkd": "#009E73"}
+PANELS = [  # title, unit, before, after, teacher; drawn are the first two that some run has
+    (
+        "Learned: right answers without the context",
+        "share of held-out prompts",
+        "before.task.score",
+        "after.task.score",
+        "before.teacher.score",
+    ),
+    ("Forgotten: old skills lost", "drop in share of exact answers", "", "lost", ""),
+    ("Left to learn: KL to the teacher", "nats per token", "before.kl", "after.kl", ""),
+]
+COLORS = {"sft": "#D55E00", "cosd": "#0072B2", "offline": "#CC79A7", "gkd": "#E69F00"}
+ANCHORED = "#009E73"  # COSD + anchors
+HATCHES = {"sft": "///", "offline": "xxx", "gkd": "\\\\\\"}
+BEFORE = {"color": "#BBBBBB", "label": "before training"}
+COMMITTED = Path(__file__).resolve().parent / "results"
 
 
 def read_results(out: Path) -> list[dict]:
@@ -87,14 +101,16 @@ def kind_of(result: dict) -> str:
 
 
 def with_changes(result: dict) -> dict:
-    """With the change of exact match on old skills: the known verbs, and the mean of the rest."""
+    """With what became of exact match on old skills: lost is its mean drop over all suites, prior
+    its change on the known verbs, steerability its mean change on the rest."""
     change = {}
     for name, before in result["before"].items():
         if isinstance(before, dict) and "exact" in before and name not in ("task", "teacher"):
             change[name] = result["after"][name]["exact"] - before["exact"]
     if "verbs" not in change:
         return result
-    result = result | {"prior": change.pop("verbs")}
+    lost = -statistics.fmean(change.values())
+    result = result | {"lost": lost + 0.0, "prior": change.pop("verbs")}  # + 0.0: no "-0.000"
     if change:
         result["steerability"] = statistics.fmean(change.values())
     return result
@@ -164,6 +180,10 @@ def table(results: list[dict]) -> str:
             path, digits = COLUMNS[title]
             cells.append(spread([look_up(run, path) for run in runs], digits))
         rows.append(cells)
+    return markdown(rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -174,67 +194,134 @@ def legend(text: str) -> str:
     return ". ".join(told) + ". ±: standard deviation over seeds.\n"
 
 
+def method_of(result: dict) -> str:
+    anchors = result["config"].get("anchors")
+    return result["config"]["method"].upper() + (f" + anchors {anchors:g}" if anchors else "")
+
+
+def label(result: dict, results: list[dict]) -> str:
+    told = [name for name in differences(results) if name != "anchors"]
+    return ", ".join([method_of(result), *(f"{name} {result['config'][name]}" for name in told)])
+
+
+def like_for_like(results: list[dict]) -> list[dict]:
+    """Of a method that ran at several learning rates, one of which is COSD's, only that one."""
+    rates = {}
+    for result in results:
+        rates.setdefault(method_of(result), set()).add(result["config"].get("lr"))
+
+    def fair(result: dict) -> bool:
+        shared = rates[method_of(result)] & rates.get("COSD", set())
+        return not shared or result["config"].get("lr") in shared
+
+    return [result for result in results if fair(result)]
+
+
 def draw(results: list[dict], path: Path) -> None:
-    """What was learned and what was lost, a bar a setting; error bars over seeds."""
+    """What was learned and what was forgotten: a bar a setting, a point a seed."""
     try:
         from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures stay
     except ImportError:
         print("No figure: matplotlib is not installed (it comes with the extra [notebooks]).")
         return
-    shown = {title: place for title, place in PANELS.items() if anywhere(results, place)}
+    groups: dict[str, list[dict]] = {}
+    for result in like_for_like(results):
+        groups.setdefault(label(result, results), []).append(result)
+    able = any(look_up(result, place) > 0 for result in results for place in PANELS[0][2:])
+    panels = PANELS if able else PANELS[2:]  # who gets nothing right can lose nothing, either
+    shown = [panel for panel in panels if anywhere(results, panel[3])][:2]
     if not shown:
         print("No figure: no run has a number to draw.")
         return
-    while len(shown) > 4:  # the last ones are told best by the table
-        shown.popitem()
+    groups = dict(sorted(groups.items(), key=lambda item: not item[0].startswith("SFT")))
     kinds = list(dict.fromkeys(kind_of(result) for result in results))
-    settings = list(dict.fromkeys(label(result, results) for result in results))
-    width = max(4.0, 0.95 * len(kinds))  # the kinds' names stay apart
-    figure = Figure(figsize=(width * len(shown), 3.6), layout="constrained")
+    width = max(4.2, 1 + len(kinds) * max(1.1, 0.35 * (1 + len(groups))))  # of a panel, in inches
+    figure = Figure(figsize=(width * len(shown), 3.9), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (title, place) in zip(axes, shown.items()):
-        draw_panel(axis, place, kinds, settings, results)
-        axis.set_title(title, fontsize=10)
-        axis.set_ylabel("nats per token" if "KL" in title else "share of prompts", fontsize=8)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(settings),
-        frameon=False,
-        fontsize=9,
-    )
+    for axis, panel in zip(axes, shown):
+        draw_panel(axis, panel, kinds, groups)
+    named = {}
+    for axis in axes:
+        named |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    named = dict(sorted(named.items(), key=lambda item: not hasattr(item[1], "patches")))
+    how = {"loc": "outside lower center", "frameon": False, "fontsize": 11}
+    figure.legend(named.values(), named.keys(), ncols=min(len(named), 5), **how)
     unfinished = path.with_suffix(".tmp")
-    figure.savefig(unfinished, dpi=120, format="png")
+    figure.savefig(unfinished, dpi=160, format="png")
     os.replace(unfinished, path)
 
 
-def label(result: dict, results: list[dict]) -> str:
-    told = [f"{name} {result['config'][name]}" for name in differences(results)]
-    return ", ".join([result["config"]["method"].upper(), *told])
-
-
-def draw_panel(axis, place: str, kinds: list, settings: list, results: list[dict]) -> None:
+def draw_panel(axis, panel: tuple, kinds: list[str], groups: dict[str, list[dict]]) -> None:
     """One number of all settings, grouped by kind of context."""
-    width = 0.8 / len(settings)
-    hatches = ["", "///", "...", "xxx", "\\\\\\"]
-    for i, setting in enumerate(settings):
-        runs = [r for r in results if label(r, results) == setting]
-        means, errors = [], []
-        for kind in kinds:
-            values = [look_up(r, place) for r in runs if kind_of(r) == kind]
-            mean, deviation = over_seeds(values)
-            means.append(mean)
-            errors.append(0.0 if math.isnan(deviation) else deviation)
-        at = [x + (i - (len(settings) - 1) / 2) * width for x in range(len(kinds))]
-        method = runs[0]["config"]["method"]
-        style = {"color": COLORS.get(method, "#555555"), "edgecolor": "white", "label": setting}
-        earlier = [s for s in settings[:i] if s.partition(",")[0] == method.upper()]
-        axis.bar(at, means, width, yerr=errors, capsize=2, hatch=hatches[len(earlier) % 5], **style)
-    axis.set_xticks(range(len(kinds)), [f"{letter(kind)}\n{kind}" for kind in kinds], fontsize=7)
+    title, unit, before, after, teacher = panel
+    everyone = [run for runs in groups.values() for run in runs]
+    bars = [(before, everyone, BEFORE)] if before else []
+    drawn: list[str] = []
+    for name, runs in groups.items():
+        color, hatch = style_of(runs[0]["config"])
+        paler = 0.7 ** drawn.count(color)  # a second setting of the same method
+        bars.append((after, runs, {"color": color, "hatch": hatch, "label": name, "alpha": paler}))
+        drawn.append(color)
+    width = 0.84 / len(bars)
+    for i, (place, runs, style) in enumerate(bars):
+        for x, kind in enumerate(kinds):
+            at = x + (i - (len(bars) - 1) / 2) * width
+            values = [look_up(run, place) for run in runs if kind_of(run) == kind]
+            draw_bar(axis, at, 0.9 * width, values, style, points=place == after)
+    for x, kind in enumerate(kinds if teacher else []):
+        ceiling = over_seeds([look_up(run, teacher) for run in everyone if kind_of(run) == kind])[0]
+        how = {"color": "black", "linestyle": (0, (4, 2)), "linewidth": 1.5}
+        axis.hlines(
+            ceiling, x - 0.45, x + 0.45, label="teacher, sees the context" * (x == 0), **how
+        )
     axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(kinds)), [f"{letter(kind)}\n{kind}" for kind in kinds], fontsize=10)
+    axis.set_xlim(-0.6, len(kinds) - 0.4)
+    low, high = axis.dataLim.intervaly
+    axis.set_ylim(min(1.1 * low, 0), 1.15 * max(high, 1.0 if teacher else 0.1))
+    axis.tick_params(axis="x", length=0)
+    axis.tick_params(axis="y", labelsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    if place.startswith("after.task"):
-        axis.set_ylim(0, 1.05)
+    axis.set_title(title, fontsize=13)
+    axis.set_ylabel(unit, fontsize=11)
+
+
+def style_of(config: dict) -> tuple[str, str]:
+    """A method's colour and hatch."""
+    method = config["method"]
+    color, hatch = COLORS.get(method, "#555555"), HATCHES.get(method, "")
+    if config.get("anchors"):
+        return (ANCHORED if method == "cosd" else color), "..."
+    return color, hatch
+
+
+def draw_bar(axis, at: float, width: float, values: list, style: dict, points: bool) -> None:
+    """A bar at the mean, with its number: zeros are seen too. A point a seed."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return
+    mean = statistics.fmean(values)
+    if style["label"] in axis.get_legend_handles_labels()[1]:
+        style = style | {"label": None}
+    axis.bar(at, mean, width, edgecolor="white", linewidth=0, **style)
+    axis.hlines(mean, at - width / 2, at + width / 2, color=style["color"], linewidth=2.5)
+    if points and len(values) > 1:
+        how = {"s": 16, "facecolor": "white", "edgecolor": "black", "linewidth": 0.8, "zorder": 3}
+        seen = "a seed" in axis.get_legend_handles_labels()[1]
+        how["clip_on"] = False  # a point at zero is whole
+        axis.scatter([at] * len(values), values, label=None if seen else "a seed", **how)
+    top = (at, max(0.0, mean, *(values if points else [])))
+    how = {"ha": "center", "va": "bottom", "fontsize": 9.5}
+    axis.annotate(short(mean), top, xytext=(0, 4), textcoords="offset points", **how)
+
+
+def short(value: float) -> str:
+    """.25 for 0.25, 1 for 1.00."""
+    text = f"{value:.2f}"
+    if text.endswith(".00"):
+        return text[:-3].replace("-0", "0")
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def letter(kind: str) -> str:
@@ -261,11 +348,50 @@ def report(out: Path) -> str:
     return text
 
 
+def committed(name: str) -> list[dict]:
+    """The results of notebooks/results/NAME."""
+    path = COMMITTED / name / "results.json"
+    with reading(path):
+        return [with_changes(result) for result in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def readme_table() -> str:
+    """The README's ten rows: what was learned and what was lost, a column a kind of context."""
+    story, anchors = committed("story"), committed("anchors")
+    methods: dict[tuple, list[dict]] = {}
+    for result in [*story, *anchors]:
+        config = result["config"]
+        methods.setdefault((method_of(result), f"{config['lr']:g}"), []).append(result)
+    one = next(iter(methods.values()))  # any: all methods start from the same bases
+    rows = [("exact", "before training", "", one, "before.task.exact")]
+    rows.append(("exact", "teacher, shown C", "", one, "before.teacher.exact"))
+    for place, title in (("after.task.exact", "exact"), ("lost", "old skills lost")):
+        rows += [(title, *name, runs, place) for name, runs in methods.items()]
+    lines = [["", "method", "lr", *(record.letter for record in KINDS.values())]]
+    lines.append(["---"] * len(lines[0]))
+    for title, method, rate, runs, place in rows:
+        cells = [[look_up(r, place) for r in runs if kind_of(r) == kind] for kind in KINDS]
+        lines.append([title, method, rate, *(spread(values, 2) for values in cells)])
+    return markdown(lines)
+
+
+def readme() -> str:
+    """Makes the committed tables and the figure again; returns the README's table."""
+    for name in ("story", "anchors"):
+        text = table(committed(name))
+        replace_text(COMMITTED / name / "results.md", f"{text}\n\n{legend(text)}")
+    draw(committed("story"), COMMITTED / "story" / "figure.png")
+    return readme_table()
+
+
 def main(argv: list[str]) -> int:
     if len(argv) != 1:
-        print("usage: python notebooks/report.py FOLDER", file=sys.stderr)
+        print("usage: python notebooks/report.py FOLDER, or --readme", file=sys.stderr)
         return 2
     try:
+        if argv == ["--readme"]:
+            print(readme())
+            return 0
         text = report(Path(argv[0]))
         print(f"\n{text}\nWritten to {argv[0]}: results.md, results.json, figure.png", flush=True)
         return 0

@@ -81,7 +81,8 @@ def test_old_skills_as_changes():
     assert changed["prior"] == pytest.approx(-0.1)
     assert changed["steerability"] == pytest.approx(-0.15)  # (−.25 − .05) / 2
     alone = report.with_changes(result(before=suites(1.0), after=suites(0.5)))
-    assert alone["prior"] == -0.5 and "steerability" not in alone
+    assert changed["lost"] == pytest.approx(0.4 / 3)  # (.1 + .25 + .05) / 3
+    assert alone["prior"] == -alone["lost"] == -0.5 and "steerability" not in alone
     assert report.with_changes(result()) == result()
 
 
@@ -132,33 +133,99 @@ def test_a_folder_without_runs(tmp_path, capsys, made):
     assert report.main([]) == 2
 
 
-def panels(monkeypatch, results, path):
-    """The titles of the panels drawn."""
+def drawn(monkeypatch, results, path):
+    """The figure's axes, its legend, and what was saved."""
     figure = pytest.importorskip("matplotlib.figure")
-    titles, save = [], figure.Figure.savefig
+    figures, save = [], figure.Figure.savefig
 
     def keep(self, *args, **kwargs):
-        titles.extend(axis.get_title() for axis in self.axes)
+        figures.append(self)
         return save(self, *args, **kwargs)
 
     monkeypatch.setattr(figure.Figure, "savefig", keep)
     report.draw(results, path)
-    return titles
+    (one,) = figures
+    legend = [text.get_text() for box in one.legends for text in box.get_texts()]
+    return {axis.get_title().split(":")[0]: axis for axis in one.axes}, legend
 
 
-def test_at_most_four_panels_and_forgetting_is_among_them(tmp_path, monkeypatch):
+def heights(axis):
+    return [bar.get_height() for bar in axis.patches]
+
+
+def numbers(axis):
+    """What is printed over the bars."""
+    return [text.get_text() for text in axis.texts]
+
+
+def whole(method="cosd", verbs=0.5, **how):
     before = {"task": {"score": 0.2, "exact": 0.1}} | suites(1.0, 0.5)
-    after = {"task": {"score": 0.8, "exact": 0.7}, "drift": 0.1} | suites(0.5, 0.5)
-    whole = report.with_changes(result(before=before, after=after))
-    titles = panels(monkeypatch, [whole, result("feedback")], tmp_path / "figure.png")
-    assert len(titles) == 4
-    assert titles[2] == "Forgotten: skills known without context"
+    after = {"task": {"score": 0.8, "exact": 0.7}, "drift": 0.1} | suites(verbs, 0.5)
+    return report.with_changes(result(method=method, before=before, after=after, **how))
+
+
+def test_two_panels_learned_and_forgotten(tmp_path, monkeypatch):
+    runs = [whole(), whole("sft", 0.0), result("feedback")]
+    axes, legend = drawn(monkeypatch, runs, tmp_path / "figure.png")
+    assert list(axes) == ["Learned", "Forgotten"]
+    assert legend == ["before training", "SFT", "COSD", "teacher, sees the context"]
+    assert heights(axes["Forgotten"]) == [0.5, 0.25]  # SFT, COSD; nobody measured feedback's
+    assert numbers(axes["Forgotten"]) == [".50", ".25"]
+    assert all(axis.get_ylabel() for axis in axes.values())
+
+
+def test_zeros_are_seen_and_no_axis_is_empty(tmp_path, monkeypatch):
+    runs = [whole(verbs=1.0, seed=seed) for seed in (0, 1)]
+    axes, legend = drawn(monkeypatch, runs, tmp_path / "figure.png")
+    assert numbers(axes["Forgotten"]) == ["0"]
+    assert axes["Forgotten"].get_ylim() == (0, pytest.approx(0.115))
+    assert "a seed" in legend
+    points = axes["Forgotten"].collections[-1].get_offsets()
+    assert points[:, 1].tolist() == [0.0, 0.0]
+
+
+def test_a_base_that_gets_nothing_right_shows_its_kl_alone(tmp_path, monkeypatch):
+    nothing = {"task": {"score": 0.0}, "teacher": {"score": 0.0}} | suites(0.0, 0.0)
+    smoke = report.with_changes(result(before=nothing, after=nothing))
+    axes, _ = drawn(monkeypatch, [smoke], tmp_path / "figure.png")
+    assert list(axes) == ["Left to learn"]
+
+
+def test_the_figure_compares_at_equal_rates_and_the_table_has_all(tmp_path, monkeypatch):
+    rates = [("cosd", 2e-4), ("sft", 1e-4), ("sft", 2e-4)]
+    runs = [whole(method, config={"lr": lr}, setting=f"{method}{lr}") for method, lr in rates]
+    _, legend = drawn(monkeypatch, runs, tmp_path / "figure.png")
+    assert legend[1:3] == ["SFT, lr 0.0002", "COSD, lr 0.0002"]
+    assert len(cells(report.table(runs))) == 3
+    apart = [runs[0], runs[1], whole("sft", config={"lr": 5e-5}, setting="gentle")]
+    assert report.like_for_like(apart) == apart  # none at COSD's rate: all of them
+
+
+def test_a_method_has_one_colour(tmp_path, monkeypatch):
+    anchored = {"anchors": 0.5}
+    assert report.style_of({"method": "sft"}) == ("#D55E00", "///")
+    assert report.style_of({"method": "cosd", "anchors": 0.0}) == ("#0072B2", "")
+    assert report.style_of({"method": "cosd"} | anchored) == ("#009E73", "...")
+    runs = [whole(), whole(config=anchored, setting="anchored")]
+    _, legend = drawn(monkeypatch, runs, tmp_path / "figure.png")
+    assert legend[1:3] == ["COSD", "COSD + anchors 0.5"]
+
+
+def test_the_figure_of_a_run_without_old_skills(tmp_path, monkeypatch):
+    axes, _ = drawn(monkeypatch, [result()], tmp_path / "figure.png")
+    assert list(axes) == ["Learned", "Left to learn"]
 
 
 def test_the_figure_of_a_run_without_scores(tmp_path, monkeypatch):
     bare = result(before={"task": {}, "teacher": {}}, after={"task": {}})
-    titles = panels(monkeypatch, [bare], tmp_path / "figure.png")
-    assert titles == ["Left to learn: KL to the teacher"]
+    axes, legend = drawn(monkeypatch, [bare], tmp_path / "figure.png")
+    assert list(axes) == ["Left to learn"] and legend == ["before training", "COSD"]
+    assert heights(axes["Left to learn"]) == [1.0, 0.125]
+
+
+def test_numbers_over_the_bars_are_short():
+    said = [report.short(value) for value in (0, 1, 0.25, 0.996, -0.001, -0.03, 2.617)]
+    assert said == ["0", "1", ".25", "1", "0", "-.03", "2.62"]
 
 
 def test_nothing_to_draw_is_one_line(tmp_path, capsys):
