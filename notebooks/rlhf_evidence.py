@@ -43,6 +43,7 @@ from rlhf import (
     bradley_terry,
     chosen_logp,
     fit_reward_model,
+    leave_one_out,
     move,
     on_grid,
     policy_loss,
@@ -643,17 +644,22 @@ def self_distill(policy: GPT, teacher: GPT, draw, show, how: RL):
 
 
 def pi_distill_loss(teacher, student, r, ids, mask, how: RL, alpha=0.5) -> torch.Tensor:
-    """π-Distill (arXiv:2602.04942) in the form used here: one set of weights, two policies, answers
-    sampled from the privileged one; logits (n, V) of both -> ().
+    """π-Distill (arXiv:2602.04942): one set of weights, two policies, T = π(·|x,C) and S = π(·|x);
+    answers sampled from T; logits (n, V) of both -> (), minus what is maximised:
 
-    −α [ E_{y~π(·|x,C)} r − β KL(π(·|x,C) ‖ π(·|x)) ] + (1−α) KL(π(·|x,C) ‖ π(·|x))
-    The privileged policy gets gradient from the bracket only, the student from the last term only."""
-    logp = chosen_logp(teacher, ids, mask)
-    log_ratio = logp - chosen_logp(student, ids, mask)
-    advantage = advantages(returns_to_go(r, log_ratio, mask, how.beta), how.group, "rloo")
-    rewarded = policy_loss(logp, logp, advantage, mask)
-    imitate = on_grid(forward_kl(student, teacher), mask).sum(1).mean()
-    return alpha * rewarded + (1 - alpha) * imitate
+        α ( E_T[r] − β KL(T ‖ sg S) )  +  (1−α) ( E_T[S(y)/sg T(y) · r] − β KL(sg T ‖ S) )
+
+    sg: no gradient. The student's reward is that of T's answers, reweighted by importance; less the mean
+    of the group's other answers, which leaves its gradient as it is, since E_T[S/T] = 1."""
+    logp, student_logp = (chosen_logp(logits, ids, mask) for logits in (teacher, student))  # (B, N)
+    returns = returns_to_go(r, logp - student_logp, mask, how.beta)
+    advantage = advantages(returns, how.group, "rloo")
+    of_teacher = policy_loss(logp, logp, advantage, mask)
+    weight = (student_logp - logp.detach()).sum(1).exp()  # S(y) / T(y), (B,)
+    centred = r - leave_one_out(r.view(-1, how.group)).flatten()
+    imitate = on_grid(forward_kl(student, teacher.detach()), mask).sum(1).mean()
+    of_student = how.beta * imitate - (weight * centred).mean()
+    return alpha * of_teacher + (1 - alpha) * of_student
 
 
 def pi_distill(policy: GPT, draw, reward, how: RL):

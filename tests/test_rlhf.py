@@ -612,7 +612,8 @@ def test_pi_distill_by_enumeration(world):
     how = replace(HOW, group=2, beta=beta)
     log_t, log_s = (world.logp(world.policy, x).sum(1) for x in (seen, (1, 2)))
     bracket = log_t.exp() @ (world.r - beta * (log_t - log_s.detach()))
-    exact = world.gradient_of(-alpha * bracket + (1 - alpha) * kl(log_t.detach(), log_s))
+    other = log_s.exp() @ world.r - beta * kl(log_t.detach(), log_s)  # Σ_y T (S/T) r = Σ_y S r
+    exact = world.gradient_of(-alpha * bracket - (1 - alpha) * other)
     p, total = log_t.detach().exp(), 0.0
     for pair in itertools.combinations_with_replacement(range(0, 40), 2):
         times = 1 if pair[0] == pair[1] else 2
