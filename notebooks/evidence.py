@@ -670,8 +670,9 @@ def all_jobs(experiment: str, options: argparse.Namespace) -> list[dict]:
 
 # ====================================================================================================== 3. doing them
 class Silent(ast.NodeTransformer):
-    """A program less what it only says: comments are not in the tree; docstrings, errors, warnings
-    and the texts of --help go."""
+    """A program less what it only says: comments are not in the tree; docstrings, errors, warnings, the
+    texts of --help and other strings of more than three words go. The kinds of context stay whole:
+    what they say is shown to a model."""
 
     def visit_Expr(self, node):
         return ast.Pass() if isinstance(node.value, ast.Constant) else self.generic_visit(node)
@@ -680,16 +681,32 @@ class Silent(ast.NodeTransformer):
         return ast.Pass()
 
     def visit_Call(self, node):
-        kept = {"warn": 0, "print": 0, "flag": 1}.get(getattr(node.func, "id", ""))
-        node.args = node.args if kept is None else node.args[:kept]
+        said = {"warn": 0, "print": 0, "reading": 0, "flag": 1}
+        kept = said.get(getattr(node.func, "id", ""), len(node.args))
+        node.args = node.args[:kept]
         return self.generic_visit(node)
+
+    def visit_keyword(self, node):
+        return None if node.arg == "help" else self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        prose = isinstance(node.value, str) and node.value.count(" ") > 3
+        return ast.Constant("") if prose else node
+
+    def visit_AnnAssign(self, node):
+        return node if getattr(node.target, "id", "") == "KINDS" else self.generic_visit(node)
+
+    def visit_Assign(self, node):
+        names = [getattr(target, "id", "") for target in node.targets]
+        return node if "KINDS" in names else self.generic_visit(node)
 
 
 @lru_cache
-def code(function: str) -> str:
-    """A digest of the code that a job depends on: the four files, and of this one the function that
-    does it with every name that it reaches. Changed words of a docstring or a message do not count."""
-    tree, named = Silent().visit(ast.parse(Path(__file__).read_text())), {}
+def code(function: str, file: str | None = None) -> str:
+    """A digest of the code that a job depends on: the four files, and of this one (or `file`) the
+    function that does it with every name that it reaches. Changed words of a docstring or a message do
+    not count."""
+    tree, named = Silent().visit(ast.parse(Path(file or __file__).read_text())), {}
     for node in tree.body:
         targets = getattr(node, "targets", [node])
         for target in targets:
@@ -702,8 +719,8 @@ def code(function: str) -> str:
             reached[name] = ast.dump(named[name])
             todo += [n.id for n in ast.walk(named[name]) if isinstance(n, ast.Name)]
     text = [reached[name] for name in sorted(reached)]
-    for file in ("cosd", "model", "contexts", "train"):
-        text.append(ast.dump(Silent().visit(ast.parse((ROOT / f"{file}.py").read_text()))))
+    for name in ("cosd", "model", "contexts", "train"):
+        text.append(ast.dump(Silent().visit(ast.parse((ROOT / f"{name}.py").read_text()))))
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:10]
 
 
