@@ -185,7 +185,7 @@ def test_every_matrix_of_the_blocks_is_adapted_and_nothing_else():
     }
     layers = "attention.q attention.k attention.v attention.out mlp.gate mlp.up mlp.down".split()
     assert changed == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
-    with pytest.raises(ValueError, match="of rank 0: at least 1"):
+    with pytest.raises(ValueError, match="of rank 0: the rank must be at least 1"):
         add_adapters(tiny_gpt(), 0)
 
 
