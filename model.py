@@ -77,7 +77,7 @@ class GPTConfig:
         if self.n_head % self.n_kv_head or (self.positions == "rotary" and self.head_dim % 2):
             raise ValueError("n_head must be a multiple of n_kv_head and a rotary head_dim even")
         if self.rope_scaling and self.rope_scaling["rope_type"] not in ("linear", "llama3"):
-            raise ValueError(f"rope_scaling={self.rope_scaling}: rope_type must be linear or llama3")
+            raise ValueError(f"rope_scaling={self.rope_scaling}: neither linear nor llama3")
 
     def n_params(self) -> int:
         """The number of parameters; no memory is allocated for them."""

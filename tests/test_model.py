@@ -362,7 +362,7 @@ def test_refusals():
         (dict(n_layer=0), "every size must be at least 1"),
         (dict(n_kv_head=3), "n_head must be a multiple of n_kv_head"),
         (dict(head_dim=5), "a rotary head_dim even"),
-        (dict(rope_scaling={"rope_type": "yarn"}), "'yarn'.*must be linear or llama3"),
+        (dict(rope_scaling={"rope_type": "yarn"}), "'yarn'.*neither linear nor llama3"),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny_gpt(**bad)

@@ -282,7 +282,7 @@ def test_dtype_by_choice_and_sampling_from_loaded_weights(tmp_path):
         (
             "Llama",
             dict(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
-            "'yarn'.*must be linear or llama3",
+            "'yarn'.*neither linear nor llama3",
         ),
         (
             "Llama",
