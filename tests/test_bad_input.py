@@ -282,6 +282,6 @@ def test_a_terminal_without_the_signs_and_a_reader_who_leaves_stop_nothing(place
     assert child.wait() == 0, err
     assert "student {'cut_off': 1.0}, teacher {'cut_off': 1.0}, KL 0.0" in err
     assert "the teacher hardly beats the student: C can teach this model nothing" in err
-    assert "most answers are cut off: raise --max-new-tokens 2" in err
+    assert "most answers are cut off by --max-new-tokens 2" in err
     assert list(place.glob("out/*/export/model.safetensors"))
     assert "‖" in (place / "out" / "results.md").read_text(encoding="utf-8")

@@ -509,7 +509,7 @@ def test_an_input_inside_a_runs_folder_is_refused(files, checkpoint, capsys, wha
             settings = changes | {"method": method, "out": out}
             assert main(flags(files, checkpoint, **settings)) == 2
             said = capsys.readouterr().err.strip().splitlines()[-1]
-            assert "lies in a run's folder, which may be replaced: copy it first" in said
+            assert "is in a run's folder, which may be replaced: copy it first" in said
     assert contents(files) == before and not (files / "elsewhere").exists()
 
 

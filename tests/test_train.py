@@ -514,7 +514,7 @@ def test_ctrl_c_and_kill_save_and_say_how_to_go_on(reference, out, monkeypatch, 
     handler = signal.getsignal(number)
     assert main([*TWELVE, "--out", str(out)]) == 130
     err = capsys.readouterr().err
-    assert "stopped after 4 steps" in err and "go on with the same command and --resume" in err
+    assert "stopped after 4 steps" in err and "continue with the same command and --resume" in err
     assert state_of(out, "*.unfinished")["step"] == 4 and signal.getsignal(number) == handler
     assert main([*TWELVE, "--out", str(out), "--resume"]) == 0
     assert same(timeless(state_of(reference)), timeless(state_of(out)))

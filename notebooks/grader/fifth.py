@@ -120,7 +120,7 @@ def judge_form(drawn: dict) -> tuple[list[dict], bool]:
         ("the_prompt_does_not_tell", 1, told),
         ("the_context_decides", 2, undecided),
     ):
-        reason = "the draws are not in order" if why else check(mixed)
+        reason = "the draws are not valid" if why else check(mixed)
         score = 0 if reason else points
         parts.append(dict(name=name, points=points, score=score, reasons=[reason] * bool(reason)))
     return parts, not why
