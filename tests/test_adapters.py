@@ -1,4 +1,4 @@
-"""LoRA: by hand, left out, merged, under the teachers, exported; gradient checkpointing; prompts that begin alike."""
+"""LoRA: by hand, removed, merged, with the teachers, exported; gradient checkpointing; prompts with a common beginning."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ PROMPTS, LONGER = [[1, 2, 3], [4, 5]], [[7, 8, 9, 1, 2, 3], [7, 8, 9, 4, 5]]
 
 
 def adapted(rank=3, alpha=6.0, **changes):
-    """A model whose adapters do something: B is zero at the start, here it is not."""
+    """A model whose adapters have an effect: B is not zero here."""
     model = tiny_gpt(**changes)
     add_adapters(model, rank, alpha)
     with torch.no_grad():

@@ -66,7 +66,7 @@ def files(tmp_path):
 
 
 def settings(files, context, **changes):
-    """What file_task reads of train.Config."""
+    """The fields of train.Config that file_task reads."""
     shown = {"specification": "spec.md", "instructions": "pirate.json"}.get(context)
     cfg = dict(
         context=context,
@@ -358,7 +358,7 @@ class Unprintable(Exception):
 
 
 class Panic(BaseException):
-    """As a tokenizer's, when its file is damaged."""
+    """Like the exception of a tokenizer whose file is damaged."""
 
 
 @pytest.mark.parametrize(
@@ -572,7 +572,7 @@ def test_held_out_anchors_measure_the_drift(files, checkpoint):
 
 
 def test_the_shipped_files_are_sound():
-    """64 to 128 prompts for each type, train and held out apart, all readable."""
+    """64 to 128 prompts for each type, no held-out prompt among the training prompts, all readable."""
     data = ROOT / "notebooks" / "data"
     fields = {"questions": "prompt", "plurals": "answer", "requests": "answer", "sums": "solution"}
     for name, field in fields.items():

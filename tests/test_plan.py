@@ -175,7 +175,7 @@ def test_problems_that_the_context_has_solved_say_nothing_held_out(checkpoint, t
 
 
 def test_a_measured_step_is_that_of_the_loop(checkpoint, tmp_path, monkeypatch):
-    """The same weights after it as after a step of `train.fit`."""
+    """It leaves the same weights as a step of `train.fit`."""
     import train
     from contexts import file_task, open_chat
     from model import GPT

@@ -1,4 +1,4 @@
-"""The README and the pages keep their word: line counts, commands, links, flags, and numbers."""
+"""What the README and the pages say is true: line counts, commands, links, flags, and numbers."""
 
 import re
 import shlex
@@ -72,7 +72,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("name, text", [("story", README), ("anchors", README)])
 def test_numbers_of_the_readme_are_those_of_the_committed_runs(name, text):
-    """Header and rows of the runs' results.md stand in the README to the letter."""
+    """The README contains the header and the rows of the runs' results.md, unchanged."""
     table = (RESULTS / name / "results.md").read_text().split("\n\n")[0].splitlines()
     assert len(table) > 2 and all(f"\n{row}\n" in text for row in table)
 
@@ -85,7 +85,7 @@ def test_numbers_of_the_real_model_are_those_of_the_committed_runs(name):
 
 
 def test_evidence_is_that_of_the_committed_pages():
-    """Each row of each table of the page stands in a page that the evidence wrote."""
+    """Each row of each table of the page is in a page that the evidence wrote."""
     page = (ROOT / "notebooks" / "pages" / "evidence.md").read_text()
     section = page.split("# What holds")[0]
     written = "".join(path.read_text() for path in (RESULTS / "evidence").glob("*.md"))

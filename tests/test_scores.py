@@ -1,4 +1,4 @@
-"""Scores: what GSM8K's and MATH's graders agree on, and a user's own function, whatever it does."""
+"""Scores: numbers as the graders of GSM8K and MATH read them, and the user's own function, whatever it does."""
 
 import sys
 from fractions import Fraction
