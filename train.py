@@ -221,7 +221,7 @@ def log_row(parts: dict, losses: list, norm) -> dict:
 
 
 def demand_finite(run: Run, row: dict) -> None:
-    """Stop at a number that is not finite, unless fp16's scaler will skip the step: an overflow."""
+    """Stop if the loss or the gradient is not finite, unless fp16's scaler will skip the step."""
     may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or may_overflow):
         return
