@@ -471,7 +471,7 @@ CASES = {
     "unknown score": (
         None,
         dict(score="vibes"),
-        "--score vibes: there is no vibes; choose none, exact, contains",
+        "--score vibes: there is no vibes; choose from none, exact, contains",
     ),
     "score without file": (None, dict(score="gone.py:f"), "gone.py"),
     "template without its place": (
