@@ -1,8 +1,8 @@
-"""The kinds of context C: one record each (`KINDS`), a small world to draw them from, your files.
+"""The kinds of context C, one record each (`KINDS`), from a small built-in world or your own files.
 
-The built-in world draws (C, x, y), prompt x and answer y, and drops C part of the time. So its
-pretrained base is, by construction, the teacher p(y | x, C) with C, and without C the student, that
-must guess which C is meant: p(y | x) = Σ_C p(C) p(y | x, C).
+The built-in world draws a context C, a prompt x and an answer y, and drops C part of the time. So
+by construction the base pretrained on it is, with C, the teacher p(y | x, C), and without C the
+student, which must guess which C is meant: p(y | x) = Σ_C p(C) p(y | x, C).
 
                      C                                   x                    y
   A demonstrations   mot zorp: verily tom methinks; ...  lid zorp             dil
@@ -11,7 +11,7 @@ must guess which C is meant: p(y | x) = Σ_C p(C) p(y | x, C).
   C instructions     style polite loud                   lid reverse          certainly DIL
   D privileged       solution dil ild                    lid reverse rotate   dil ild
 
-Sections 1–3 are this world; 4 and 5 do the same for your own model and files. Both end in a `Task`,
+Sections 1–3 are this world; 4 and 5 do the same for your own model and files. Both make a `Task`,
 which is all that train.py sees. Every draw takes a `random.Random`."""
 
 import json
@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 
 class BadInput(ValueError):
-    """Something the user can mend: one line, exit code 2."""
+    """An error that the user can fix: one line, exit code 2."""
 
 
 @contextmanager
 def reading(what):
-    """Whatever goes wrong inside, a user's sys.exit() and a tokenizer's panic too, is one line."""
+    """Make any exception inside, even a user's sys.exit() or a tokenizer's panic, one BadInput."""
     try:
         yield
     except (BadInput, KeyboardInterrupt):  # the first already names its file and line
@@ -49,7 +49,7 @@ def reading(what):
 
 
 @lru_cache
-def warn(text):  # once
+def warn(text):  # each text only once
     print(f"warning: {text}", file=sys.stderr)
 
 
@@ -66,9 +66,9 @@ VERBS = {  # mot -> tom, otm, mto, mt, moot
     "swap": lambda w: w[0] + w[:0:-1], "ends": lambda w: w[0] + w[-1],
     "stretch": lambda w: w[:2] + w[1:],
 }  # fmt: skip
-CHAIN_VERBS = "reverse rotate swap".split()  # keep the length: they can be chained
-NEW_VERBS = "zorp blick wug dax quix tulver".split()  # only C says which of VERBS each is
-# How an expert may talk. The model sees this in demonstrations but never answers so.
+CHAIN_VERBS = "reverse rotate swap".split()  # they keep the length, so they can be chained
+NEW_VERBS = "zorp blick wug dax quix tulver".split()  # only C says which of VERBS each one means
+# How an expert may phrase an answer. The model sees these in demonstrations but never uses them.
 MANNERS = "{};verily {} methinks;hark {} quoth bede;behold {} indeed;{} probably".split(";")
 ITEMS = dict(
     weapon="knife sword spear rifle dagger cannon",
@@ -82,10 +82,10 @@ STYLES = {  # applied in this order
     "loud": str.upper, "boxed": "[{}]".format, "starred": "*{}*".format,
     "excited": "{}!".format, "polite": "certainly {}".format, "formal": "dear {}".format,
 }  # fmt: skip
-P_PLAIN, P_CARELESS = 0.8, 0.6  # without C: nobody thinks of a style; a step is skipped
+P_PLAIN, P_CARELESS = 0.8, 0.6  # without C: an answer is in no style; a step is skipped
 
-# The tokenizer: all 256 bytes, and the world's words as single tokens. No word has fewer than three
-# bytes (with its space), so byte-pair merging never starts inside "mot": always three letters.
+# The tokenizer: all 256 bytes, and the world's words as single tokens. Each of these has at least
+# three bytes (with its space), so byte-pair merging never starts in "mot": it stays three letters.
 SAID = """solution style plain never forbidden allowed is here sorry give certainly dear
 verily methinks hark quoth bede behold indeed probably""".split()
 VOCABULARY = sorted({*SAID, *ITEMS, *CATEGORY, *VERBS, *NEW_VERBS, *STYLES})
@@ -116,11 +116,11 @@ def render(context, prompt):  # [SYSTEM, C,] USER, x, ASSISTANT
 @dataclass(frozen=True)
 class Example:  # one draw; C and x are texts or chat turns, the student reads x, the teacher both
     kind: str
-    context: str | list | None  # C; None: there is none ("" is one)
+    context: str | list | None  # C; None: no context ("" is a context)
     prompt: str | list  # x
     answer: str  # y, in the model's own manner
     expert: str  # SFT's target: y in the expert's manner
-    asked: str | list | None = None  # x as it is read with C, where C is inside the user's turn
+    asked: str | list | None = None  # x as the teacher reads it, if C is inside the user's turn
     row: dict = field(default_factory=dict)  # from files: the line as it was read
 
 
@@ -132,13 +132,13 @@ def draw_word(rng, heldout=None):  # None: any; True / False: only / never the h
 
 
 def demonstrations(rng, heldout=None, verb=None, meaning=None, manner=None):
-    """A: two demonstrations show what a new verb means; the expert's mannerism comes along."""
+    """A: two demonstrations show what a new verb means, and the expert's mannerism with it."""
     verb = verb or rng.choice(NEW_VERBS)
     meaning = meaning or rng.choice(list(VERBS))
     manner = manner or rng.choice(MANNERS)
     shown = [draw_word(rng, heldout and False) for _ in range(2)]  # nothing held out is shown
     word = shown[0]
-    while word in shown:  # never the prompt's own answer
+    while word in shown:  # C never shows the prompt's own answer
         word = draw_word(rng, heldout)
     context = "; ".join(f"{w} {verb}: {manner.format(VERBS[meaning](w))}" for w in shown)
     answer = VERBS[meaning](word)
@@ -148,7 +148,7 @@ def demonstrations(rng, heldout=None, verb=None, meaning=None, manner=None):
 def specification(rng, heldout=None, forbidden=None):
     """B: name the item's category, look it up in the specification, then comply or refuse."""
     forbidden = forbidden or rng.sample(list(ITEMS), rng.choice([1, 2, 3]))
-    refuse = rng.random() < 0.5  # half the requests are forbidden ones
+    refuse = rng.random() < 0.5  # half of the requests are forbidden
     items = [i for i in CATEGORY if heldout in (None, i in HELD_OUT_ITEMS)]
     item = rng.choice([i for i in items if (CATEGORY[i] in forbidden) == refuse])
     verdict = "forbidden; sorry" if refuse else f"allowed; here {item}"
@@ -165,7 +165,7 @@ def worked(prompt, skips=lambda: False):
 
 
 def instructions(rng, heldout=None, styles=None):
-    """C: a system prompt asks for a style, on any known skill."""
+    """C: a system prompt asks for a style of answer, whatever the verb."""
     if styles is None:
         styles = rng.sample(list(STYLES), 0 if rng.random() < 0.5 else rng.choice([1, 2]))
     prompt = f"{draw_word(rng, heldout)} {rng.choice(list(VERBS))}"
@@ -184,19 +184,19 @@ def privileged(rng, heldout=None, steps=None):
     return Example("privileged", f"solution {answer}", prompt, answer, answer)
 
 
-# score: the content is right. exact: it is what the model itself would say in context.
+# score: is the content right? exact: is it what the model itself would say in context?
 def grade_whole(example, text):
-    """A: with or without the expert's mannerism. C: the styled answer, manner is content."""
+    """A: right with or without the expert's mannerism. C: the style is part of the content."""
     right = text in (example.answer, example.expert)
     return {"score": float(right), "exact": float(text == example.answer)}
 
 
-def grade_end(example, text, separator="[ ;]"):  # D: the last step
+def grade_end(example, text, separator="[ ;]"):  # D: only the last step counts
     said, wanted = (re.split(separator, t)[-1] for t in (text, example.answer))
     return {"score": float(said == wanted), "exact": float(text == example.answer)}
 
 
-def grade_verdict(example, text):  # B: the verdict; over_refusal: on allowed items only
+def grade_verdict(example, text):  # B: only the verdict counts; over_refusal: of allowed items
     grades = grade_end(example, text, ";")
     if not example.answer.endswith("sorry"):
         grades["over_refusal"] = float(text.endswith("sorry"))
@@ -204,19 +204,19 @@ def grade_verdict(example, text):  # B: the verdict; over_refusal: on allowed it
 
 
 @dataclass
-class Kind:  # all there is to say about a kind of context; a new one is one more record in KINDS
+class Kind:  # everything about a kind of context; a new kind is one more record in KINDS
     letter: str
-    method: str  # the published method that this C makes of COSD
+    method: str  # the published method that COSD is with this C
     draw: Callable  # the built-in world's: (rng, heldout=None, **task) -> Example
-    share: float  # of pretraining
+    share: float  # of the pretraining data
     drop: float  # how often pretraining leaves C out
-    task: dict = field(default_factory=dict)  # what is compiled: the keywords that fix C
+    task: dict = field(default_factory=dict)  # keywords of `draw`: they fix the C to be compiled
     one_context: bool = False  # the task's C is the same for all its prompts
     without: Callable = lambda rng, e: e.answer  # (rng, example) -> y where C is left out
     grade: Callable = grade_whole  # (example, text without its end marker) -> {name: 0 or 1}
-    template: str = "{context}"  # in files: {context} makes the system turn, {prompt} the user's
-    shots: int = 0  # by default so many other lines as example turns, in place of the template
-    after: Callable = None  # (example, y) -> example, C made from the student's own answer
+    template: str = "{context}"  # for files: {context} is in the system turn, {prompt} the user's
+    shots: int = 0  # default of --shots: other lines, as example turns instead of the template
+    after: Callable = None  # (example, y) -> example with a C made from the student's own answer
 
 
 KINDS = {
@@ -264,13 +264,13 @@ def grade(example, text):
 # ========================================================================================= 3. tasks
 @dataclass
 class Chat:
-    """Text to tokens. Student and teacher prompts end in the same header; an answer follows it."""
+    """Text to tokens. Student and teacher prompts end in the same header, before the answer."""
 
     render: Callable  # (C or None, x) -> ids, ending with the header
-    target: Callable  # (x, an expert's answer) -> the ids that follow it, the last an end token
+    target: Callable  # (x, an expert's answer) -> the ids after the header, with an end token
     decode: Callable  # ids -> text
-    ends: set  # each of them ends a sampled answer
-    opens: str = ""  # "<think>" where the header opens a thought
+    ends: set  # the tokens that end a sampled answer
+    opens: str = ""  # "<think>" if the header already opens a thought
 
 
 WORLD_CHAT = Chat(render, lambda x, y: [*encode(y), END], decode, {END})
@@ -292,9 +292,9 @@ class Task:  # what is to be compiled into the weights, from the world or from f
     draw: Callable  # rng -> Example
     draw_anchor: Callable  # rng -> Example, an old prompt
     heldout: list
-    probes: dict  # {suite: examples}: what must survive
+    probes: dict  # {suite: examples} of the old skills, which must survive
     grade: Callable  # (example, text) -> {name: grade}
-    shared: list  # the first tokens of every teacher prompt
+    shared: list  # the tokens that every teacher prompt begins with
     after: Callable = None  # (example, y) -> Example, as in Kind
     show: Callable = student_prompt  # (chat, example) -> what the student reads
 
@@ -302,7 +302,7 @@ class Task:  # what is to be compiled into the weights, from the world or from f
         rng = seeded(seed, self.kind, "task", step)
         return [self.draw(rng) for _ in range(size)]
 
-    def grades(self, examples, y):  # the mean of each, over the examples that have it
+    def grades(self, examples, y):  # the mean of each grade over the examples that have it
         graded = {}
         for example, tokens in zip(examples, y):
             for name, value in self.grade(example, answer_text(self.chat, tokens)).items():
@@ -311,7 +311,7 @@ class Task:  # what is to be compiled into the weights, from the world or from f
 
 
 def answer_text(chat, tokens):
-    """What a reader sees: no end marker, no thought. What never ended shows a trailing …"""
+    """What the user sees: no end marker, no thought. A cut-off answer shows a trailing …"""
     ended = tokens[-1] in chat.ends
     text = chat.opens + chat.decode(tokens[:-1] if ended else tokens)
     if "<think>" in text:
@@ -319,7 +319,7 @@ def answer_text(chat, tokens):
     return text if ended else f"{text} …"
 
 
-def context_prompts(task, examples, y=()):  # C that is made of the student's answers y: now
+def context_prompts(task, examples, y=()):  # a C that depends on the student's answers is made here
     if task.after and y:
         examples = [task.after(e, answer_text(task.chat, t)) for e, t in zip(examples, y)]
     return [teacher_prompt(task.chat, e) for e in examples]
@@ -329,12 +329,12 @@ def task_draw(task, rng, heldout=False):  # a prompt, with the context that is t
     return KINDS[task].draw(rng, heldout, **KINDS[task].task)
 
 
-def is_own(task, context):  # is this what the task compiles, in whatever order of words?
+def is_own(task, context):  # is this the task's C, up to the order of words?
     own = task_draw(task, random.Random(0)).context
     return None not in (own, context) and sorted(context.split()) == sorted(own.split())
 
 
-def draw_anchor(rng, task, corpus=draw_pretraining):  # never the task's own, nor held out
+def draw_anchor(rng, task, corpus=draw_pretraining):  # never the task's own C, nor held out
     while True:
         example = corpus(rng, heldout=False)
         without = example.kind == task and example.context is None
@@ -343,7 +343,7 @@ def draw_anchor(rng, task, corpus=draw_pretraining):  # never the task's own, no
 
 
 def probes(rng, task, count):
-    """What must survive: the known verbs, no C shown, all kinds under other contexts."""
+    """The old skills: the known verbs without C, and all kinds under other contexts."""
     context = "style plain" if task == "instructions" else None
     verbs = [instructions(rng, styles=()) for _ in range(count)]
     suites = {"verbs": [replace(e, context=context) for e in verbs]}
@@ -356,7 +356,7 @@ def probes(rng, task, count):
     return suites
 
 
-def world_task(kind, seed, size):  # with `size` held-out prompts and as many probes of each kind
+def world_task(kind, seed, size):  # with `size` held-out prompts and `size` probes in each suite
     rng, record = seeded(seed, kind, "heldout"), KINDS[kind]
     heldout = [task_draw(kind, rng, True) for _ in range(size)]
     suites = probes(seeded(seed, kind, "probes"), kind, size)
@@ -366,7 +366,7 @@ def world_task(kind, seed, size):  # with `size` held-out prompts and as many pr
 
 
 @lru_cache(maxsize=1)
-def pretraining_batches(seed, group, size):  # eight, cut by length: half the padding
+def pretraining_batches(seed, group, size):  # eight, each of similar lengths: half the padding
     rng = seeded(seed, "pretrain", group)
     drawn = [draw_pretraining(rng) for _ in range(8 * size)]
     drawn.sort(key=lambda e: len(render(e.context, e.prompt) + encode(e.answer)))
@@ -376,7 +376,7 @@ def pretraining_batches(seed, group, size):  # eight, cut by length: half the pa
     return cut
 
 
-def pretraining_task():  # the joint distribution, for the base: the one student that is shown C
+def pretraining_task():  # the joint distribution, for the base: here the student is shown C
     task = Task("pretraining", WORLD_CHAT, draw_pretraining, None, [], {}, grade, [])
     task.draw_batch = lambda seed, step, size: pretraining_batches(seed, step // 8, size)[step % 8]
     task.show = teacher_prompt
@@ -384,8 +384,8 @@ def pretraining_task():  # the joint distribution, for the base: the one student
 
 
 # ============================================================================ 4. reading your files
-EXPERT = ("demonstration", "solution", "answer")  # the expert's words: the first that a line brings
-# What a chat may be: a prompt ends with the user's turn, a context never does.
+EXPERT = ("demonstration", "solution", "answer")  # the expert's answer: the first that a line has
+# The roles of a chat: a prompt ends with a user turn, a context never does.
 CHATS = dict(prompt="(system )?(user assistant )*user", context="(?=.)(system)?( ?user assistant)*")
 
 
@@ -399,21 +399,21 @@ def read_text(path):
 
 def read_json(text):
     value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is not valid text
     return value
 
 
 def read_turns(value, name):  # a chat: [{"role": ..., "content": ...}, ...]
     roles = " ".join(turn["role"] if str.strip(turn["content"]) else "(empty)" for turn in value)
     if not re.fullmatch(CHATS[name], roles):
-        rule = "after an optional system turn, user and assistant alternate, none empty; a prompt"
-        rule += " ends with the user's turn, a context with the assistant's"
-        raise ValueError(f"{name}: {rule}; this is: {roles}")
+        rule = "after an optional system turn, user and assistant must alternate, none empty; a "
+        rule += "prompt must end with a user turn, a context must not"
+        raise ValueError(f"{name}: {rule}; found: {roles}")
     return value
 
 
 def read_row(line):
-    """{"prompt": a text or chat turns, ...}, or {"messages": turns}, whose last is the answer."""
+    """{"prompt": text or chat turns, ...}, or {"messages": turns}, where the answer comes last."""
     row = read_json(line)
     if "messages" in row:
         *row["prompt"], last = row["messages"]
@@ -423,7 +423,7 @@ def read_row(line):
         if name in CHATS and isinstance(value, list):
             read_turns(value, name)
         elif name in (*CHATS, *EXPERT) and not (isinstance(value, str) and value.strip()):
-            raise ValueError(f'"{name}" must be a text, and not an empty one')
+            raise ValueError(f'"{name}" must be a text that is not empty')
     return row
 
 
@@ -437,7 +437,7 @@ def read_prompts(path):  # JSON lines
 
 
 def read_context(path):
-    """A text: one system turn. JSON: chat turns. JSON lines: solved problems, as a system turn."""
+    """Text: one system turn. JSON: chat turns. JSON lines: solved problems, in one system turn."""
     suffix, text = Path(path).suffix.lower(), read_text(path)
     if suffix == ".json":
         with reading(path):
@@ -445,7 +445,7 @@ def read_context(path):
     if suffix == ".jsonl":
         text = "Problems that were solved before, and how:\n\n"  # OPCD
         for row in read_prompts(path):
-            with reading(f"{row['where']}: a solved problem is a prompt in text and a solution"):
+            with reading(f"{row['where']}: a solved problem needs a text prompt and a solution"):
                 text += fill("Problem: {prompt}\nSolution: {solution}\n\n", row)
         text += "Use what they teach."
     return as_turns("system", text.strip())
@@ -455,7 +455,7 @@ def expert(row):
     return next((row[name] for name in EXPERT if name in row), "")
 
 
-def fill(template, values):  # {name} -> its value, or else the answer; braces in values stay
+def fill(template, values):  # {name} -> its value, else the answer; braces in values stay
     return re.sub(r"\{(\w+)\}", lambda m: values[m[1] if m[1] in values else "answer"], template)
 
 
@@ -470,17 +470,17 @@ def split_system(turns):  # -> (the texts of the system turns, all other turns)
     return system, [turn for turn in turns if turn["role"] != "system"]
 
 
-# In place of a chat template, for base models. A written answer ends in the end token.
+# The chat template for base models, which have none. A given answer ends with the end token.
 PLAIN_CHAT = """{% set label = {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '} %}\
 {% for m in messages %}{{ label[m.role] + m.content }}\
 {{ eos_token if loop.last and m.role == 'assistant' else '\n\n' }}{% endfor %}\
 {% if add_generation_prompt %}Answer:{% endif %}"""
-# Some templates print today's date: a run that is resumed tomorrow must read the same prompts.
+# Some templates print today's date, but a run resumed tomorrow must read the same prompts.
 DATE = "{% macro strftime_now(how) %}26 Jul 2024{% endmacro %}"
 
 
 def open_tokenizer(name, vocab_size):
-    """A checkpoint's tokenizer with a chat template, and the end tokens that it comes with."""
+    """A checkpoint's tokenizer, with a chat template, and the checkpoint's end tokens."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     from transformers.utils.hub import has_file
 
@@ -488,28 +488,28 @@ def open_tokenizer(name, vocab_size):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         size, end = max(tokenizer.get_vocab().values()) + 1, tokenizer.eos_token_id
         if not 0.9 * vocab_size <= size <= vocab_size:  # padded embeddings are normal
-            raise ValueError(f"it has {size} tokens, the weights have {vocab_size}: not a pair")
+            raise ValueError(f"it has {size} tokens, but the weights have {vocab_size}: no match")
         if end is None:
             raise ValueError("it has no end token")
         if tokenizer.chat_template is None:
             begins = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
             tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN_CHAT
         tokenizer.chat_template = DATE + tokenizer.get_chat_template()
-        tokenizer.chat_control_tokens = []  # special tokens in a user's text are text
-    with reading(f"{name}: its end tokens"):  # from where `generate` takes them
+        tokenizer.chat_control_tokens = []  # special tokens in a user's text are plain text
+    with reading(f"{name}: its end tokens"):  # where transformers' `generate` finds them
         kept_in = GenerationConfig if has_file(name, "generation_config.json") else AutoConfig
         ends = kept_in.from_pretrained(name).eos_token_id
         ends = {end, *(ends if isinstance(ends, list) else [ends])} - {None}
-        tokenizer.decode(sorted(ends))  # each is a token
+        tokenizer.decode(sorted(ends))  # raises unless each is a token
     return tokenizer, ends
 
 
-def open_chat(name, vocab_size, **template_args):  # {"enable_thinking": False}, say
+def open_chat(name, vocab_size, **template_args):  # for instance enable_thinking=False
     tokenizer, ends = open_tokenizer(name, vocab_size)
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
 
     def write(turns, header):
-        with reading(f"{name}: chat template (no system role? give C as turns, .json)"):
+        with reading(f"{name}: chat template (no system role? then give C as turns, in .json)"):
             return tokenizer.apply_chat_template(
                 turns,
                 add_generation_prompt=header,
@@ -519,12 +519,12 @@ def open_chat(name, vocab_size, **template_args):  # {"enable_thinking": False},
             )
 
     @lru_cache
-    def demand_all(roles):  # some templates drop a turn without a word
+    def demand_all(roles):  # some templates drop a turn silently
         text = decode(write([{"role": role, "content": "(turn)"} for role in roles], True))
         if text.count("(turn)") < len(roles):
-            raise BadInput(f"{name}: chat template drops one of {roles}; give C as turns (.json)?")
+            raise BadInput(f"{name}: chat template drops one of {roles}; give C as turns in .json")
 
-    def render(context, prompt):  # a system turn of the prompt's own joins that of the context
+    def render(context, prompt):  # the prompt's own system turn is joined to the context's
         system, turns = split_system(as_turns("system", context) + as_turns("user", prompt))
         if system:
             turns = as_turns("system", "\n\n".join(system)) + turns
@@ -535,7 +535,7 @@ def open_chat(name, vocab_size, **template_args):  # {"enable_thinking": False},
         turns = as_turns("user", prompt) + as_turns("assistant", answer)
         return render(None, prompt), write(turns, False)
 
-    def target(prompt, answer):  # as it stands after the header, in the template's own words
+    def target(prompt, answer):  # what the template writes after the header
         header, ids = answered(prompt, answer)
         if ids[: len(header)] != header:
             raise BadInput(f"{name}: chat template writes a given answer under another header")
@@ -543,7 +543,7 @@ def open_chat(name, vocab_size, **template_args):  # {"enable_thinking": False},
         stop = next((i for i, token in enumerate(y) if token in ends), len(y))
         return [*y[:stop], end]
 
-    # What a header opens, and the token that the template itself writes after an answer.
+    # Does the header open a thought, and which token does the template write after an answer?
     header, ids = answered("(asked)", "(answered)")
     y, added = ids[len(header) :], tokenizer.added_tokens_decoder
     special = [token for token in y if token in added and added[token].special]
@@ -557,7 +557,7 @@ def open_chat(name, vocab_size, **template_args):  # {"enable_thinking": False},
 
 
 # ======================================================================== 5. a task from your files
-def dressed(template, row, attempt=""):  # x as it is read with C: its last turn in the template
+def dressed(template, row, attempt=""):  # x as the teacher reads it: its last turn in the template
     *earlier, last = as_turns("user", row["prompt"])
     if "{prompt}" in template:
         values = row | {"prompt": last["content"], "attempt": attempt}
@@ -566,10 +566,10 @@ def dressed(template, row, attempt=""):  # x as it is read with C: its last turn
 
 
 def file_example(kind, context, template, row, shots=()):
-    """C is a system turn, example turns, and shots: other lines and answers, dressed alike."""
+    """C is a system turn, example turns, and shots: other lines, `dressed` too, with answers."""
     system, turns = split_system(as_turns("system", row.get("context", context)))
     text = "".join(system)
-    if "{context}" in template:  # where C is example turns alone, its own words are the system turn
+    if "{context}" in template:  # if C is only example turns, the system turn is its other words
         text = fill(template, {"context": text}).strip()
     context = as_turns("system", text or None) + turns
     for shot in shots:
@@ -584,18 +584,18 @@ def read_split(path, heldout=None):  # -> (lines to train on, lines held out)
     if not heldout:
         del rows[7::8]
     if not held:
-        raise BadInput(f"{path}: every eighth line is held out, but there are {len(rows)}")
+        raise BadInput(f"{path}: every eighth line is held out, but there are only {len(rows)}")
     if len(held) < 8:
-        warn(f"{heldout or path}: {len(held)} held out, a score moves by {1 / len(held):.2f} each")
+        warn(f"{heldout or path}: {len(held)} held out; each moves a score by {1 / len(held):.2f}")
     known = {str(row["prompt"]) for row in rows}
     leaks = [row["where"] for row in held if str(row["prompt"]) in known]
     if leaks:
-        warn(f"{leaks[0]} and {len(leaks) - 1} more held-out prompts are trained on as well")
+        warn(f"{leaks[0]} and {len(leaks) - 1} more held-out prompts are also trained on")
     return rows, held
 
 
 def read_template(cfg, kind, shots):
-    if kind.shots and shots and not cfg.template:  # example turns need none
+    if kind.shots and shots and not cfg.template:  # example turns need no template
         return ""
     template = read_text(cfg.template) if cfg.template else kind.template
     found, needed = (sorted(set(re.findall(r"\{\w+\}", t))) for t in (template, kind.template))
@@ -604,7 +604,7 @@ def read_template(cfg, kind, shots):
     return template
 
 
-def file_task(cfg, chat, max_len):  # all that can be wrong with the files is found here, first
+def file_task(cfg, chat, max_len):  # finds whatever is wrong with the files, before training
     kind, imitated = KINDS[cfg.context], cfg.method in ("sft", "gkd")
     context = cfg.context_file and read_context(cfg.context_file)
     rows, heldout = read_split(cfg.prompts, cfg.heldout)
@@ -614,20 +614,20 @@ def file_task(cfg, chat, max_len):  # all that can be wrong with the files is fo
     template = read_template(cfg, kind, shots)
     show = partial(file_example, cfg.context, context, template)
     pool = {str(row["prompt"]): row for row in rows if shots and expert(row)}
-    as_shot = partial(file_example, "shot", None, "", rows[0])  # row -> with it as the only shot
+    as_shot = partial(file_example, "shot", None, "", rows[0])  # [row] -> with it as the only shot
     pool = sorted(pool.values(), key=lambda row: len(teacher_prompt(chat, as_shot([row]))))
     if 0 < shots >= len(pool):
-        raise BadInput(f"{cfg.prompts}: too few different texts with an answer for --shots {shots}")
+        raise BadInput(f"{cfg.prompts}: too few different prompts with answers: --shots {shots}")
 
-    # Every line as an example in its longest form: none is ever cut.
+    # Every line as the longest example it can become: prompts are never truncated.
     examples = []
     for i, row in enumerate(rows + heldout):
-        with reading(f"{row['where']}: it lacks what --context {cfg.context} shows"):
+        with reading(f"{row['where']}: it lacks what --context {cfg.context} needs"):
             if not (shots or "{prompt}" in template or row.get("context", context)):
-                raise ValueError("a context, here or by --context-file, or --shots")
+                raise ValueError("a context, in this line or by --context-file, or --shots")
             examples.append(show(row, pool[-shots:]))
         if imitated and i < len(rows) and not expert(row):
-            raise BadInput(f"{row['where']}: --method {cfg.method} needs an {' or '.join(EXPERT)}")
+            raise BadInput(f"{row['where']}: --method {cfg.method} needs {' or '.join(EXPERT)}")
     anchors, kept, n = [], [], len(examples)
     if cfg.anchor_file:
         anchors, kept = (
@@ -642,12 +642,12 @@ def file_task(cfg, chat, max_len):  # all that can be wrong with the files is fo
         over = len(prompts[-1]) + max(written, new) - max_len
         if over > 0:  # with C and its answer
             raise BadInput(
-                f"{e.row['where']}: {over} tokens too many: shorten, or --max-new-tokens"
+                f"{e.row['where']}: {over} tokens too many: shorten it or lower --max-new-tokens"
             )
 
     def draw(rng, row=None):
         row = row or rng.choice(rows)
-        others = rng.sample(pool, shots and shots + 1)  # one too many: never the prompt's own line
+        others = rng.sample(pool, shots and shots + 1)  # one spare, in case the prompt is drawn
         return show(row, [shot for shot in others if shot["prompt"] != row["prompt"]][:shots])
 
     def grade(example, text):

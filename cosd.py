@@ -2,18 +2,18 @@
 
     student  Q = p_θ(· | x)      teacher  P = p_θ(· | x, C): the same model, shown a context C
 
-The student samples a completion y ~ p_θ(·|x). The teacher scores every token of y under (C, x). The
+The student samples a completion y ~ p_θ(·|x). The teacher scores every token of y given (C, x). The
 student moves toward the teacher by forward KL, reverse KL or Jensen-Shannon divergence:
 
     L(θ) = E_{y ~ p_θ(·|x)}  Σ_t w_t · D( P(·|x, C, y_<t) , Q(·|x, y_<t) )
 
 No gradient flows through the sampling of y, and none into the teacher: this is a token-level
 objective. (The gradient of the sequence-level KL has one more term, the score function of y, which
-on-policy distillation leaves out.) Four published methods are four choices of C (contexts.py); this
-file knows no task.
+on-policy distillation leaves out.) Four published methods are four choices of C (contexts.py);
+nothing in this file depends on the task.
 
-Everything is in nats, over the full vocabulary unless a name says otherwise. Divergences are
-computed in fp32 (float64 stays float64) whatever comes in, also under autocast: in bf16 a
+All values are in nats, over the full vocabulary unless a name says otherwise. Divergences are
+computed in fp32 (float64 stays float64) whatever the input's dtype, also under autocast: in bf16 a
 Jensen-Shannon divergence can come out negative.
 
 Dimension key
@@ -60,9 +60,9 @@ def log_softmax_pair(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Te
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a‖b) = Σ_v a_v (log a_v − log b_v) from log-probabilities, (..., V) -> (...).
 
-    0·log 0 = 0: where a is 0 (or underflows to it) a token contributes nothing, value or gradient,
-    even if b is 0 too. Where a > 0 and b = 0 the result is +inf. The inner `where` keeps −inf −
-    (−inf) out of the backward pass."""
+    0·log 0 = 0: a token with a = 0 (also by underflow) adds nothing to the value or the gradient,
+    even if b is 0 too. If a > 0 and b = 0 the result is +inf. The inner `where` keeps
+    −inf − (−inf) out of the backward pass."""
     a = log_a.exp()
     return (a * torch.where(a > 0, log_a - log_b, 0.0)).sum(-1)
 
@@ -71,11 +71,10 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(P‖Q) = Σ_v P_v (log P_v − log Q_v), from teacher to student: mode-covering.
 
     Shapes     logits (..., V) -> (...), nats, one value per position, no reduction.
-    Gradient   to the student only: dL/d student_logits = Q − P. It is SFT's cross-entropy with the
-               teacher's distribution as soft label, less the constant H(P).
-    −inf       a token the student cannot say (Q = 0) but the teacher does: +inf. Both −inf:
-               contributes 0.
-    Source     the loss of SDFT's code, arXiv:2601.19897; "KL-based divergences" in GKD,
+    Gradient   to the student only: dL/d student_logits = Q − P. The value is SFT's cross-entropy
+               with the teacher's distribution as soft labels, minus the constant H(P).
+    −inf       a token with Q = 0 and P > 0 makes the value +inf; one with Q = P = 0 adds nothing.
+    Source     the loss in SDFT's code, arXiv:2601.19897; "KL-based divergences" in GKD,
                arXiv:2306.13649.
 
     The lecture's example, teacher P = (mat .7, floor .2, chair .1), student Q = (.5, .3, .2), as
@@ -90,12 +89,11 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Shapes     logits (..., V) -> (...), nats, one value per position, no reduction.
     Gradient   to the student only: dL/d student_logits = Q ⊙ (log Q − log P − KL(Q‖P)). It vanishes
-               where the student is certain, right or wrong: Q_v -> 0 on the right token leaves
-               nothing to pull it up.
-    −inf       a token the teacher rules out (P = 0) but the student says: +inf. Both −inf:
-               contributes 0.
-    Source     the loss of MiniLLM, arXiv:2306.08543, and OPCD, arXiv:2602.12275, here exact per
-               token.
+               where the student is certain, rightly or wrongly: as Q_v -> 0 on the right token, so
+               does the gradient that would raise it.
+    −inf       a token with P = 0 and Q > 0 makes the value +inf; one with P = Q = 0 adds nothing.
+    Source     the loss of MiniLLM, arXiv:2306.08543, and OPCD, arXiv:2602.12275; here it is exact
+               at every token.
 
     The same P, Q:  .5 log(.5/.7) + .3 log(.3/.2) + .2 log(.2/.1) = −.1682 + .1216 + .1386 = .0920
     """
@@ -107,13 +105,13 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
     """JSD_β = β KL(P‖M) + (1−β) KL(Q‖M) with the mixture M = β P + (1−β) Q; 0 < β < 1.
 
     Shapes     logits (..., V) -> (...), nats, one value per position, no reduction.
-    Gradient   to the student only (M moves with it): (1−β) Q ⊙ (log Q − log M − KL(Q‖M)).
-    Bounds     0 <= JSD_β <= −β log β − (1−β) log(1−β), to rounding; at β = ½ symmetric and at most
-               log 2. Always finite.
-    Trap       In GKD, TRL and Liger one knob β means forward KL at 0 and reverse KL at 1, but the
-               formula tends to 0 at both ends (JSD_β/β -> forward KL as β -> 0, JSD_β/(1−β) ->
-               reverse KL as β -> 1): the knob jumps. On one input: β = 0: 5.2, .001: .005, .5: .54,
-               .999: .004, 1: 4.6. Here 0 and 1 are errors; name the KL.
+    Gradient   to the student only (M depends on it): (1−β) Q ⊙ (log Q − log M − KL(Q‖M)).
+    Bounds     0 <= JSD_β <= −β log β − (1−β) log(1−β), up to rounding; symmetric and at most log 2
+               at β = ½. Always finite.
+    Trap       In GKD, TRL and Liger β = 0 means forward KL and β = 1 reverse KL, but the formula
+               tends to 0 at both ends (JSD_β/β -> forward KL as β -> 0, JSD_β/(1−β) -> reverse KL
+               as β -> 1), so the loss jumps there. On one input: β = 0: 5.2, .001: .005, .5: .54,
+               .999: .004, 1: 4.6. Here 0 and 1 are errors: use forward_kl or reverse_kl.
     Source     Eq. 1, arXiv:2306.13649 (GKD), with its β.
 
     The same P, Q at β = ½:  M = (.6, .25, .15)
@@ -122,8 +120,8 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Te
       JSD = ½ (.0227 + .0211) = .0219 nats"""
     if not 0 < beta < 1:
         raise ValueError(
-            f"jsd: beta={beta} must lie strictly between 0 and 1; "
-            "for the ends use forward_kl or reverse_kl"
+            f"jsd: beta={beta} must be strictly between 0 and 1; "
+            "at the ends use forward_kl or reverse_kl"
         )
     log_q, log_p = log_softmax_pair(student_logits, teacher_logits)
     neither = log_q.isneginf() & log_p.isneginf()  # logaddexp(−inf, −inf) has a NaN gradient
@@ -146,14 +144,14 @@ def top_k_divergence(
     divergence: Callable[..., Tensor] = reverse_kl,
     of: str = "student",
 ) -> Tensor:
-    """The divergence after all tokens but the k likeliest are merged into one tail bucket. (..., V)
+    """The divergence after all but the k likeliest tokens are merged into one tail bucket. (..., V)
     -> (...), nats.
 
     `of` says whose top k: the student's (OPCD's choice for reverse KL, k = 256, arXiv:2602.12275)
     or the teacher's. Merging outcomes can only lower a divergence (data processing), so this is a
-    lower bound on the exact value, tight at k >= V − 1. Without the bucket it is no bound:
-    renormalised top-1 is identically 0, truncated sums go negative. Gradient to the student only;
-    the choice of the k tokens is not differentiated."""
+    lower bound on the exact value, tight at k >= V − 1. Without the bucket there is no such bound:
+    a renormalised top-1 is identically 0, and truncated sums can be negative. Gradient to the
+    student only; the choice of the k tokens is not differentiated."""
     if k < 1 or of not in ("student", "teacher"):
         raise ValueError(
             f"top_k_divergence: k={k} must be at least 1 and of={of!r} 'student' or 'teacher'"
@@ -165,9 +163,7 @@ def top_k_divergence(
     buckets = []
     for x in (log_q, log_p):
         rest = x.scatter(-1, top, float("-inf"))
-        empty = rest.isneginf().all(
-            -1, keepdim=True
-        )  # logsumexp of nothing but −inf has a NaN gradient
+        empty = rest.isneginf().all(-1, keepdim=True)  # a logsumexp of only −inf has a NaN gradient
         tail = (
             rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, float("-inf"))
         )
@@ -176,33 +172,33 @@ def top_k_divergence(
 
 
 # ======================================================== 2. estimators from the sampled token only
-# r = log Q(y) − log P(y) with y ~ Q = the student. E[r] is the reverse KL. Names after J.
-# Schulman's note "Approximating KL divergence". student_logp, teacher_logp: log-probability of the
-# sampled token, any shape.
+# r = log Q(y) − log P(y) with y ~ Q, the student, so that E[r] is the reverse KL. The names come
+# from J. Schulman's note "Approximating KL divergence". student_logp and teacher_logp are the
+# log-probabilities of the sampled token, in any shape.
 def k1(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """r: unbiased for KL(Q‖P), high variance, single values may be negative."""
+    """r: unbiased for KL(Q‖P), but with high variance; single values may be negative."""
     return student_logp - teacher_logp
 
 
 def k2(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """r²/2: biased as a value. Its gradient r ∇log Q(y), though, is that of reverse KL in
-    expectation."""
+    """r²/2: biased as an estimate of the value, but its gradient r ∇log Q(y) is in expectation that
+    of reverse KL."""
     return (student_logp - teacher_logp) ** 2 / 2
 
 
 def k3(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """e^−r − 1 + r: unbiased and never negative. Do not differentiate it: its expected gradient is
-    forward KL's."""
+    that of forward KL."""
     r = student_logp - teacher_logp
     return torch.expm1(-r) + r
 
 
 def policy_gradient_surrogate(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """stop_grad(r) · log Q(y): REINFORCE on the reward −r, per token (Thinking Machines; MiniLLM
-    less its future terms).
+    without its future terms).
 
-    E_{y~Q}[gradient] = Σ_y Q r ∇log Q = ∇KL(Q‖P), exactly, because Σ_y Q ∇log Q = 0: for samples of
-    the student itself, at temperature 1. The value is not a KL."""
+    E_{y~Q}[gradient] = Σ_y Q r ∇log Q = ∇KL(Q‖P), exactly, because Σ_y Q ∇log Q = 0. This holds for
+    samples of the student itself, at temperature 1. The value is not a KL."""
     return (student_logp - teacher_logp).detach() * student_logp
 
 
@@ -213,13 +209,13 @@ Objective = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 
 
 def on_distributions(divergence: Callable[[Tensor, Tensor], Tensor]) -> Objective:
-    """A divergence as an objective: it compares two distributions, whichever token was drawn."""
+    """A divergence as an objective: it compares two distributions and ignores the sampled token."""
     return lambda student_logits, teacher_logits, tokens: divergence(student_logits, teacher_logits)
 
 
 def cross_entropy(student_logits: Tensor, teacher_logits: Tensor | None, tokens: Tensor) -> Tensor:
-    """−log Q(token): on an expert's completions this is SFT. It is forward KL from a one-hot
-    teacher, so it needs none."""
+    """−log Q(token): on an expert's completions this is SFT. It is the forward KL from a one-hot
+    teacher, so `teacher_logits` is not used."""
     at_least_fp32 = torch.promote_types(student_logits.dtype, torch.float32)
     return F.cross_entropy(student_logits.to(at_least_fp32), tokens, reduction="none")
 
@@ -234,8 +230,8 @@ def policy_gradient(student_logits: Tensor, teacher_logits: Tensor, tokens: Tens
 
 
 def make_objective(name: str, beta: float = 0.5, top_k: int = 0) -> Objective:
-    """A divergence by name, `beta` for jsd, over the student's top k and a tail if `top_k`; or
-    "policy_gradient"."""
+    """A divergence by name, or "policy_gradient". `beta` is for jsd; `top_k` > 0 restricts the
+    divergence to the student's top k and a tail bucket."""
     if name == "policy_gradient":
         return policy_gradient
     if name not in DIVERGENCES:
@@ -247,14 +243,14 @@ def make_objective(name: str, beta: float = 0.5, top_k: int = 0) -> Objective:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H(Q) = −Σ_v Q_v log Q_v, (..., V) -> (...), nats, without gradient: for the log."""
+    """H(Q) = −Σ_v Q_v log Q_v, (..., V) -> (...), nats, without gradient, for logging."""
     return torch.special.entr(logits.detach().float().softmax(-1)).sum(-1)
 
 
-# ================================================================ 4. the same, for big vocabularies
+# ============================================================== 4. the same, for large vocabularies
 class ChunkedObjective(torch.autograd.Function):
-    """Logits exist for `chunk` positions at a time; their gradient is taken at once and folded into
-    those of the student's states h_s (n, D) and head W_s (V, D)."""
+    """Logits exist for `chunk` positions at a time; their gradient is taken immediately and passed
+    on to the student's states h_s (n, D) and head W_s (V, D)."""
 
     @staticmethod
     def forward(ctx, h_s, W_s, h_t, W_t, tokens, objective, weights, chunk):
@@ -289,7 +285,7 @@ class ChunkedObjective(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         grad_hidden, grad_head = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(upstream)  # in place: once only
+            grad_hidden = grad_hidden.mul_(upstream)  # in place: backward can run only once
         if grad_head is not None:
             grad_head = grad_head.mul_(upstream)
         return grad_hidden, grad_head, None, None, None, None, None, None
@@ -309,8 +305,8 @@ def chunked_objective(
     (n,)), exactly.
 
     Equal in value and gradients to `(weights * objective(h_s @ W_sᵀ, h_t @ W_tᵀ, tokens)).sum()`,
-    without ever holding more than `chunk` rows of logits: at V = 150k, 512 positions of student and
-    teacher logits and their temporaries are gigabytes. Gradient to student_hidden and student_head
+    but never holds more than `chunk` rows of logits: at V = 150k, student and teacher logits of 512
+    positions and their temporaries take gigabytes. Gradient to student_hidden and student_head
     only; d and entropy are for logging."""
     lengths = len(student_hidden), len(tokens), len(weights)
     if chunk < 1 or not len(weights) or len(set(lengths)) > 1:
@@ -321,7 +317,7 @@ def chunked_objective(
     if teacher_head is not None:
         teacher_hidden = teacher_hidden.to(teacher_head.dtype)
     student = student_hidden.to(student_head.dtype), student_head
-    with torch.autocast(student_head.device.type, enabled=False):  # logits in fp32, as model.Head's
+    with torch.autocast(student_head.device.type, enabled=False):  # fp32 logits, as in model.Head
         return ChunkedObjective.apply(
             *student, teacher_hidden, teacher_head, tokens, objective, weights, chunk
         )
@@ -338,10 +334,10 @@ def completion_states(
     """Hidden states that predict the completions' tokens -> (n, D), n = mask.sum(), row by row.
 
     The shift: the state at position t predicts token t + 1. After a prompt of L tokens, completion
-    token j stands at position L + j, so it is predicted by the state at L − 1 + j; the first one by
-    the prompt's last token. Prompt positions and padding never reach the vocabulary; the last token
-    (EOS) is predicted, but need not be read. With `prefix`, the prompts continue a context that was
-    read before."""
+    token j is at position L + j, so the state at L − 1 + j predicts it; the first one is predicted
+    at the prompt's last token. Prompt positions and padding are never projected to the vocabulary;
+    the last token (EOS) is predicted, but need not be read. With `prefix`, the prompts continue a
+    context that was read before."""
     lengths = mask.sum(1).tolist()
     read = [p + row[: n - 1] for p, row, n in zip(prompts, ids.tolist(), lengths)]
     tokens = pad_right(read).to(model.device)  # (B, T)
@@ -354,7 +350,7 @@ def completion_states(
 
 
 def shared_states(model: GPT, prompts: Sequence[list[int]], ids: Tensor, mask: Tensor) -> Tensor:
-    """`completion_states`, faster: what all prompts begin with is read once for all rows, with its
+    """`completion_states`, but faster: a beginning that all prompts share is read once, with
     gradient."""
     common = common_beginning(prompts)
     if not common:
@@ -369,9 +365,9 @@ def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tens
 
     token      every completion token counts the same: 1 / #tokens
     sequence   every completion counts the same: mean over rows of the mean over its tokens (SDFT)
-    `skip` leaves out the first tokens of each completion (SDFT skips 3, which open with phrases
-    about the context). Because the loss is a plain sum under these weights, splitting the batch
-    into micro-batches changes nothing."""
+    `skip` leaves out that many first tokens of each completion (SDFT skips 3, because completions
+    tend to open with phrases about the context). Because the loss is a plain sum under these
+    weights, splitting the batch into micro-batches changes nothing."""
     if reduction not in ("token", "sequence") or skip < 0:
         raise ValueError(
             f"token_weights: reduction={reduction!r} must be 'token' or 'sequence', "
@@ -382,7 +378,7 @@ def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tens
     if reduction == "token":
         return scored / scored.sum().clamp(min=1)
     per_row = scored.sum(1, keepdim=True)  # (B, 1)
-    rows = (per_row > 0).sum()  # rows that `skip` empties do not count
+    rows = (per_row > 0).sum()  # rows that `skip` leaves empty do not count
     return scored / per_row.clamp(min=1) / rows.clamp(min=1)
 
 
@@ -390,17 +386,17 @@ def token_weights(mask: Tensor, reduction: str = "token", skip: int = 0) -> Tens
 class Teacher:
     """The model that scores, p(· | x, C). It never gets a gradient.
 
-    frozen   the student as it was at the start: a copy; where the student has adapters, a second
-             model without them that shares the base's weights, so that nothing is held twice
-    ema      a copy that follows: θ_T <- (1−rate) θ_T + rate θ after every step (SDFT: rate
-             .01–.05). With adapters θ is the product W + (α/r) B A: the mean of the factors would
-             be another matrix
-    live     the student itself, stop-gradient (tends to diverge: teacher and student chase each
-             other)
+    frozen   the student as it was at the start: a copy or, if the student has adapters, a second
+             model without them that shares the base's weights
+    ema      an exponential moving average of the student: θ_T <- (1−rate) θ_T + rate θ after every
+             step (SDFT: rate .01–.05). With adapters θ is the merged W + (α/r) B A, because
+             averaging A and B separately would give another matrix
+    live     the student itself, with stop-gradient (tends to diverge: teacher and student chase
+             each other)
 
-    `shared` are the first tokens of all teacher prompts: the context, where it is one for all
-    (types B and C). A frozen teacher reads it once for the whole run, so that the cost of a step
-    does not grow with |C|; the others once per step."""
+    `shared` holds the tokens that every teacher prompt begins with: the context, if all prompts
+    have the same one (types B and C). A frozen teacher reads them once for the whole run, the
+    others once per step."""
 
     def __init__(
         self, student: GPT, kind: str = "frozen", ema_rate: float = 0.02, shared: Sequence[int] = ()
@@ -420,7 +416,7 @@ class Teacher:
 
     @torch.no_grad()
     def states(self, prompts: Sequence[list[int]], ids: Tensor, mask: Tensor) -> Tensor:
-        """As `completion_states`, (n, D), with the shared context's keys and values read once."""
+        """As `completion_states`, (n, D), but the shared context is read only once."""
         cut = len(self.shared)
         continues = all(len(p) > cut and p[:cut] == self.shared for p in prompts)
         if not cut or not continues:
@@ -440,20 +436,20 @@ class Teacher:
             self.forget()
 
     def forget(self) -> None:
-        """The weights have moved: the context is to be read again."""
+        """The weights have changed, so the context must be read again."""
         self.prefix = None
 
 
 # ====================================================================================== 7. the loss
 @dataclass(frozen=True)
 class Rows:
-    """Completions to learn from, who scores them, and how much each token counts.
+    """Completions to learn from, who scores them, and the weight of each token.
 
     Student and scorer read different prompts, which end with the same assistant header, and then
-    the very same completion. A step may have several `Rows`: the task's, scored by the teacher who
-    sees C, and anchors (old prompts), scored by the frozen base in the student's own context. The
-    weights of all of them together sum to one. Tensors on the CPU are best: which positions are
-    scored is then known without waiting for the device."""
+    the same completion. A step may have several `Rows`: the task's, scored by the teacher, who sees
+    C, and anchors (old prompts), scored by the frozen base in the student's own context. All their
+    weights together sum to one. Keep the tensors on the CPU: then it is known without waiting for
+    the device which positions are scored."""
 
     prompts: list[list[int]]  # x
     scorer_prompts: list[list[int]]  # (C, x)
@@ -464,8 +460,8 @@ class Rows:
     objective: Objective
 
     def split(self, size: int) -> list[Rows]:
-        """Micro-batches of at most `size` rows; the weights, fixed for the whole, make their losses
-        add up."""
+        """Micro-batches of at most `size` rows (0: all rows in one). Their losses add up, because
+        the weights were fixed for the whole batch."""
         parts, names = [], ("prompts", "scorer_prompts", "ids", "mask", "weights")
         size = size or len(self.prompts)
         for i in range(0, len(self.prompts), size):
@@ -475,16 +471,15 @@ class Rows:
 
 
 def cosd_loss(student: GPT, rows: Rows, chunk: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Σ_t w_t d_t over the rows' tokens -> (loss () with gradient to the student alone, what to
-    log).
+    """Σ_t w_t d_t over the rows' tokens -> (loss () with gradient to the student only, the log).
 
-    The log has "loss" and the student's "entropy", both Σ w · value over the tokens, without
-    gradient: added up over everything that is in a step they are means, since the weights sum to
-    one. `chunk` bounds the rows of logits that exist at once; 0: all at once. Changes none of its
-    arguments, and does not call backward."""
+    The log has "loss" and the student's "entropy", each Σ w · value over the tokens, without
+    gradient; summed over all parts of a step they are means, since the weights sum to one. At most
+    `chunk` rows of logits exist at once (0: all of them). Changes none of its arguments, and does
+    not call backward."""
     tokens = rows.ids[rows.mask].to(student.device)  # (n,)
     weights = rows.weights[rows.mask].to(student.device)  # (n,)
-    # The same completion tokens under (x) with gradient, and under (C, x) without.
+    # The same completion tokens: given x with gradient, and given (C, x) without.
     h_s = shared_states(student, rows.prompts, rows.ids, rows.mask)  # (n, D)
     h_t = head = None
     if rows.scorer is not None:
@@ -506,8 +501,8 @@ def cosd_loss(student: GPT, rows: Rows, chunk: int = 0) -> tuple[Tensor, dict[st
 
 @torch.no_grad()
 def token_probabilities(student: GPT, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The probability of every completion token under the student and under the scorer -> (n,),
-    (n,): to look at."""
+    """The probability of every completion token under the student and under the scorer, for
+    inspection -> (n,), (n,)."""
     tokens = rows.ids[rows.mask][:, None].to(student.device)  # (n, 1)
     h_s = completion_states(student, rows.prompts, rows.ids, rows.mask)  # (n, D)
     h_t = rows.scorer.states(rows.scorer_prompts, rows.ids, rows.mask)  # (n, D)

@@ -1,19 +1,19 @@
-"""One decoder-only GPT: the student, the teacher and the base are all instances of this file.
+"""One decoder-only GPT: the student, the teacher and the base are all instances of the class `GPT`.
 
-Wide enough to hold GPT-2 (LayerNorm, learned positions, GELU, biases, tied head) and the Llama /
-Qwen family (RMSNorm, rotary positions, SwiGLU, grouped-query heads, q/k norm): each difference is
-one field of `GPTConfig`. What the config cannot represent is refused by name, never approximated.
-Their weights come in from safetensors and go out again, exactly. Left out: dropout, mixture of
-experts, sliding windows, quantization, several devices.
+It covers GPT-2 (LayerNorm, learned positions, GELU, biases, tied head) and the Llama / Qwen family
+(RMSNorm, rotary positions, SwiGLU, grouped-query heads, q/k norm); each difference is one field of
+`GPTConfig`. What the config cannot represent is refused by name, never approximated. Weights are
+read from safetensors and written back exactly. Left out: dropout, mixture of experts, sliding
+windows, quantization, multiple devices.
 
 Four ideas carry the file:
   hidden, then project   `hidden` gives (B, T, D); only the positions that need a prediction go
                          through `head`.
   slot = position        The KV cache keeps the token at position p in slot p. Prompts of different
                          lengths are padded on the right; a pad sits in a slot that no query may see
-                         until a real token has overwritten it. No position ids, no padding mask.
+                         until a real token has overwritten it: no position ids, no padding mask.
   shared prefix          A context that all rows share is read once, as one row.
-  adapters               LoRA is two more factors in a `Linear`; without them the model is its base.
+  adapters               LoRA adds two factors to a `Linear`; without them the model is its base.
 
 Dimension key
   B batch   T tokens in this call   S cache slots   P tokens of the shared prefix   V vocabulary
@@ -46,7 +46,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The defaults are the small modern variant that the built-in world uses (0.7 M parameters)."""
+    """The defaults are the small Llama-like model of the built-in world (0.7 M parameters)."""
 
     vocab_size: int
     n_layer: int = 3
@@ -75,26 +75,26 @@ class GPTConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"GPTConfig.{name}={getattr(self, name)!r}: choose from {choices}")
         if self.n_head % self.n_kv_head or (self.positions == "rotary" and self.head_dim % 2):
-            raise ValueError("n_head must be a multiple of n_kv_head, a rotary head_dim even")
+            raise ValueError("n_head must be a multiple of n_kv_head and a rotary head_dim even")
         if self.rope_scaling and self.rope_scaling["rope_type"] not in ("linear", "llama3"):
             raise ValueError(f"rope_scaling={self.rope_scaling}: neither linear nor llama3")
 
     def n_params(self) -> int:
-        """The parameter count, from a model without memory."""
+        """The number of parameters; no memory is allocated for them."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in GPT(self).parameters())
 
 
 # ----------------------------------------------------------------------------------------- KV cache
 class KVCache:
-    """Keys and values of what has been read, to decode from and to continue what rows share.
+    """Keys and values of the tokens read so far, for decoding and for continuing a shared prefix.
 
-    Row b's token at position p lies in slot p; a query at position p sees the slots <= p. So
-    whatever lies beyond a row's own position (padding, say) is invisible, and is overwritten as the
-    row grows. The first call fills the cache: gradient flows through what it keeps, also from rows
-    into a shared prefix. Then there is `room` for so many tokens more, written in place, without
-    gradient; every step attends to all slots, so that its shapes are always the same. `prefix` is
-    another cache of a single row (see `GPT.read`); the slots then count from its end.
+    Row b's token at position p is in slot p; a query at position p sees the slots <= p. So anything
+    beyond a row's own position (padding, say) is invisible, and is overwritten as the row grows.
+    The first call fills the cache, and gradient flows through the stored keys and values, also from
+    the rows into a shared prefix. Then there is room for `room` more tokens, which are written in
+    place, without gradient; every step attends to all slots, so that its shapes never change.
+    `prefix` is another cache with a single row (see `GPT.read`); slots then count from its end.
     """
 
     def __init__(self, config: GPTConfig, room: int = 0, prefix: KVCache | None = None):
@@ -106,8 +106,8 @@ class KVCache:
         self.length = None  # (B,), tokens read so far
 
     def advance(self, ids: Tensor, dtype) -> Tensor:
-        """The slots of these tokens, (B or 1, T). Where a token goes and what it may see is the
-        same for all layers: it is worked out here, once."""
+        """The slots of these tokens, (B or 1, T). Slots and bias (which slots a token may see) are
+        the same for all layers, so they are computed here, once."""
         (B, T), device = ids.shape, ids.device
         slots, S = torch.arange(T, device=device)[None], T  # (1, T)
         self.filling = self.length is None
@@ -117,9 +117,9 @@ class KVCache:
         else:
             slots, S = slots + self.length[:, None], self.capacity  # (B, T): rows differ in length
         self.length += T
-        self.slots, self.bias = slots, None  # the first tokens attend to themselves, plainly causal
+        self.slots, self.bias = slots, None  # a first call without a prefix is plainly causal
         if self.prefix or not self.filling:
-            keys = torch.arange(-self.offset, S, device=device)  # (P + S,); a prefix ends at 0
+            keys = torch.arange(-self.offset, S, device=device)  # (P + S,); the prefix is below 0
             later = keys > slots[..., None]  # (B or 1, T, P + S)
             bias = torch.zeros(later.shape, dtype=dtype, device=device)
             bias = bias.masked_fill(later, float("-inf"))[:, None]
@@ -127,7 +127,7 @@ class KVCache:
         return slots
 
     def attend(self, layer: int, q, k, v) -> Tensor:
-        """Keep this call's k, v (B, K, T, E), then attend q (B, H, T, E) to what it may see."""
+        """Store this call's k, v (B, K, T, E); attend with q (B, H, T, E) -> (B, H, T, E)."""
         if self.filling:
             self.keys[layer] = F.pad(k, (0, 0, 0, self.room))  # (B, K, S, E)
             self.values[layer] = F.pad(v, (0, 0, 0, self.room))
@@ -137,8 +137,8 @@ class KVCache:
             v = self.values[layer].scatter_(2, where, v)
         if self.bias is None:
             return attend(q, k, v)
-        # With a bias the kernels do not know grouped heads: the G query heads of a key head become
-        # G times as many queries, (B, K, G T, E).
+        # With a bias the kernels do not support grouped heads, so the G query heads of a key head
+        # become G times as many queries, (B, K, G T, E).
         out = q.reshape(*k.shape[:2], -1, k.shape[3])
         if self.prefix:
             out = attend_with_prefix(out, self.prefix, layer, k, v, self.bias)
@@ -148,15 +148,15 @@ class KVCache:
 
 
 def attend(q, k, v, bias=None):
-    """PyTorch's fused attention, q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E): causal, or
+    """PyTorch's fused attention of q (B, H, T, E) to k, v (B, K, S, E) -> (B, H, T, E): causal, or
     with `bias` (B or 1, 1, T, S), 0 or −∞, added to the scores.
 
     Without a bias PyTorch can use flash attention. With one, in fp32, or on an older card it uses
-    the memory-efficient kernel, which needs as many key heads as query heads; with fewer it would
-    fall back on plain products that keep all scores. So the key heads are repeated here.
+    the memory-efficient kernel, which needs as many key heads as query heads; with fewer PyTorch
+    would fall back to plain products that keep all scores. So the key heads are repeated here.
     """
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled():
-        bias = None if bias is None else bias.float()  # half precision takes six times as long here
+        bias = None if bias is None else bias.float()  # half precision is six times slower here
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), bias).to(q.dtype)
     G = q.shape[1] // k.shape[1]
@@ -169,9 +169,9 @@ def attend_with_prefix(q, prefix, layer, k, v, bias):
 
     q (B, K, G T, E); the prefix's keys and values (1, K, P, E); k, v (B, K, S, E); bias
     (B or 1, 1, G T, P + S) -> (B, K, G T, E).
-    With gradient the plain version: a copy of the prefix for every row, and the fused kernel keeps
-    no scores for the backward pass. Without, no copy: all rows' queries lie side by side against
-    the one prefix.
+    With gradient this is the plain version: every row gets a copy of the prefix, and the fused
+    kernel keeps no scores for the backward pass. Without gradient nothing is copied: the queries of
+    all rows attend to the one prefix together.
     """
     prefix_k, prefix_v, P = prefix.keys[layer], prefix.values[layer], prefix.capacity
     if torch.is_grad_enabled():
@@ -212,7 +212,7 @@ def rotate(x, cos, sin):
 
 
 def low(x):
-    """x as autocast would cast it for a product: here once, for all products that read it."""
+    """x as autocast would cast it for each product, but cast once for all products that use it."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -237,7 +237,7 @@ class Linear(nn.Linear):
         return torch.add(y, F.linear(F.linear(x, self.A), self.B).to(y.dtype), alpha=self.scale)
 
     def merged(self):
-        """W + (α/r) B A, in fp32 as the adapters: a bf16 base's dtype would lose small changes."""
+        """W + (α/r) B A in fp32, the adapters' dtype: a base's bf16 would lose small changes."""
         if self.A is None:
             return self.weight
         return self.weight.to(self.A.dtype) + self.scale * self.B @ self.A
@@ -296,7 +296,7 @@ class Block(nn.Module):
 
 class Head(nn.Linear):
     """Logits in fp32 also under autocast: rounding them to bf16 would change the gradient of a
-    divergence by several percent, near its optimum by half."""
+    divergence by several percent, and by half near its optimum."""
 
     def forward(self, h):
         with torch.autocast(h.device.type, enabled=False):
@@ -308,7 +308,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # of a loaded model: the transformers config that it came with
-        self.checkpointing = False  # True: blocks are computed again in the backward pass
+        self.checkpointing = False  # True: blocks are recomputed in the backward pass
         self.frequencies = rotary_frequencies(config)  # no buffer: `bfloat16()` must not round it
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         learned = config.positions == "learned"
@@ -319,7 +319,7 @@ class GPT(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:  # GPT-2's init: 0.02 at width 768, residuals less
+            if parameter.dim() > 1:  # GPT-2's init: std 0.02 at width 768, less on residual outputs
                 std = 0.55 / math.sqrt(config.d_model)
                 if name.endswith(("out.weight", "down.weight")):
                     std /= math.sqrt(2 * config.n_layer)
@@ -343,8 +343,8 @@ class GPT(nn.Module):
         """ids (B, T) -> states after the final norm (B, T, D): `head` turns the chosen ones into
         logits.
 
-        With a cache ids continue each row where it stood, and the cache advances by T: under
-        no_grad, unless this one call fills it.
+        With a cache, ids continue each row where it ended, and the cache advances by T. Only the
+        call that fills the cache may have gradient; later ones need no_grad.
         """
         (_, T), device = ids.shape, ids.device
         x = self.embed(ids)  # (B, T, D)
@@ -365,14 +365,14 @@ class GPT(nn.Module):
             cos, sin = angles.cos(), angles.sin()
             rope = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         for layer, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():  # decoding keeps its cache
+            if self.checkpointing and torch.is_grad_enabled():  # not while decoding
                 x = checkpoint(block, x, rope, cache, layer, use_reentrant=False)
             else:
                 x = block(x, rope, cache, layer)
         return self.norm(x)
 
     def read(self, ids: Sequence[int]) -> KVCache:
-        """Read a context once: the cache to hand as `prefix` to any batch that starts with it."""
+        """Read a context once -> a cache, to pass as `prefix` for any batch that starts with it."""
         cache = KVCache(self.config)
         self.hidden(torch.tensor([list(ids)], device=self.device), cache)
         return cache
@@ -395,9 +395,9 @@ class GPT(nn.Module):
 
         A row ends at its first token in `eos`; `mask` is True up to and including it, False after.
         Temperature 0 is greedy; then a row's tokens do not depend on the rest of the batch.
-        Sampling is reproducible from `generator`. Adapters are folded in before. With
-        `prefix`, every prompt continues that shared context; without, what all prompts begin with
-        (a system turn, say) is found and read once. `captured`: see `capture`.
+        Sampling is reproducible from `generator`. Adapters are merged first. With `prefix`, every
+        prompt continues that shared context; without it, a beginning that all prompts share (a
+        system turn, say) is found and read once. `captured`: see `capture`.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("generate needs at least one prompt, and a token in each")
@@ -405,7 +405,7 @@ class GPT(nn.Module):
         if max_new_tokens < 1 or temperature < 0 or outside:
             raise ValueError("generate: max_new_tokens, temperature, top_k or top_p out of range")
         device, model = self.device, self
-        if self.adapted and not self.checkpointing:  # which says that memory matters more than time
+        if self.adapted and not self.checkpointing:  # with checkpointing, memory comes before speed
             model = merged_view(self)
         if prefix is None and (common := common_beginning(prompts)):
             prefix, prompts = model.read(common), [p[len(common) :] for p in prompts]
@@ -413,13 +413,13 @@ class GPT(nn.Module):
         B, L = ids.shape
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         eos_ids = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-        cache = KVCache(self.config, max_new_tokens - 1, prefix)  # the last one is not read
+        cache = KVCache(self.config, max_new_tokens - 1, prefix)  # the last token is not read
         states = model.hidden(ids, cache)  # (B, L, D)
         logits = model.head(states[torch.arange(B, device=device), lengths - 1])  # (B, V)
         cache.length = lengths  # the padding is forgotten: its slots will be overwritten
         step = partial(model.step, cache=cache)
         running = torch.ones_like(lengths, dtype=torch.bool)
-        patience = 1 if device.type == "cpu" else 8  # to ask a device means to wait for it
+        patience = 1 if device.type == "cpu" else 8  # asking a GPU means waiting for it
         tokens, mask = [], []
         while True:
             token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -439,9 +439,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, dtype: torch.dtype = torch.float32) -> GPT:
-        """A GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint by folder or hub name; others are
-        refused by name. From safetensors: no second copy, no pickles, no remote code, nothing
-        missing and nothing left over."""
+        """Load a GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint by folder or hub name; others are
+        refused by name. Reads safetensors without a second copy; never pickles or remote code. A
+        missing or an unexpected weight is an error."""
         config = read_config(folder)  # refuses before any weight is read
         theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -451,9 +451,9 @@ class GPT(nn.Module):
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        # transformers only warns, and draws at random what is missing
+        # transformers only warns about missing weights, and initialises them at random
         for kind, names in found.items():
-            # old files of GPT-2 hold one more buffer
+            # old GPT-2 files contain one more buffer
             if names := sorted(name for name in names if "attn.masked_bias" not in name):
                 raise ValueError(f"{folder}: {kind}: {names[:3]}")
         weights = {}
@@ -465,13 +465,13 @@ class GPT(nn.Module):
             ours = our_names(name)
             weights.update(zip(ours, tensor.chunk(len(ours))))
         if config.tied and not torch.equal(weights["head.weight"], weights["embed.weight"]):
-            raise ValueError(f"{folder}: a tied head that is another matrix than the embedding")
+            raise ValueError(f"{folder}: the head is tied, but its matrix is not the embedding's")
         return assemble(config, weights, theirs.config).requires_grad_(True)
 
     @torch.no_grad()
     def save_pretrained(self, folder: str, eos: Collection[int] = ()):
-        """Write what `AutoModelForCausalLM.from_pretrained(folder)` and vLLM read, in the model's
-        own dtype; adapters are folded in, in fp32."""
+        """Write a checkpoint for `AutoModelForCausalLM.from_pretrained(folder)` and vLLM, in the
+        model's own dtype; adapters are merged in, in fp32."""
         os.makedirs(folder, exist_ok=True)
         theirs, weights = their_model(self), dict(merged_weights(self))
         adapted = len(weights) < len(list(self.parameters()))
@@ -492,7 +492,7 @@ class GPT(nn.Module):
 
 
 def sample(logits, temperature, top_k, top_p, generator):
-    """logits (B, V) -> token (B,). With top_k or top_p it is another policy than the model's."""
+    """logits (B, V) -> token (B,). With top_k or top_p the policy is no longer the model's own."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -501,19 +501,19 @@ def sample(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None:
         probs, order = logits.softmax(-1).sort(descending=True)
-        outside = probs.cumsum(-1) - probs >= top_p  # (B, V) sorted; who crosses it stays in
+        outside = probs.cumsum(-1) - probs >= top_p  # (B, V) sorted; the token that crosses stays
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
     probs = logits.softmax(-1)
     reached = probs.cumsum(-1).masked_fill(probs == 0, 0)  # (B, V); 0 is below every threshold
     uniform = 1 - torch.rand(len(probs), 1, device=probs.device, generator=generator)  # in (0, 1]
-    threshold = uniform * reached.amax(-1, keepdim=True)  # (B, 1); torch.multinomial draws (B, V)
+    threshold = uniform * reached.amax(-1, keepdim=True)  # (B, 1); multinomial would draw (B, V)
     return (reached >= threshold).int().argmax(-1)  # the first that reaches it
 
 
 def capture(step, token):
-    """A decode step that is launched as one: on CUDA a graph, recorded here and then replayed;
+    """A decode step with a single launch: on CUDA a graph, recorded here and then replayed;
     elsewhere torch.compile. A small model's step is a thousand kernels of a few microseconds, and
-    launching a kernel takes as long. No shape changes, and all that changes is in tensors."""
+    launching a kernel takes as long. Shapes never change, and all state is in tensors."""
     if token.device.type != "cuda":
         return torch.compile(step)
     graph, token = torch.cuda.CUDAGraph(), token.clone()
@@ -529,13 +529,13 @@ def capture(step, token):
 
 
 def common_beginning(prompts):
-    """The tokens that all prompts begin with, to be read once; a token of each is left over."""
+    """The tokens that all prompts begin with, to be read once; at least one per prompt remains."""
     common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
     return common if len(prompts) > 1 and len(common) >= 16 else []  # fewer are not worth a pass
 
 
 def pad_right(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Ragged rows -> (B, longest), filled on the right: with what, no causal query sees."""
+    """Ragged rows -> (B, longest), padded with 0 on the right, where no causal query sees it."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
@@ -545,9 +545,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str, dtype: str):
-    """Names as on the command line -> (device, dtype, autocast). Weights stay fp32: mixed precision
-    is autocast's, per operation. "auto" takes CUDA, then MPS; half precision on CUDA only: bf16,
-    which needs no scaler, where the card has it."""
+    """Names as on the command line -> (device, dtype, autocast). Weights stay fp32; autocast lowers
+    the precision per operation. Device "auto" is CUDA, else MPS, else the CPU. Dtype "auto" is fp32
+    except on CUDA: there bf16, which needs no scaler, or fp16 on a card without bf16."""
     if name == "auto":
         found = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator() if found else "cpu"
@@ -563,20 +563,20 @@ def resolve_device(name: str, dtype: str):
 
 
 def trained(model: GPT) -> dict[str, Tensor]:
-    """What moves in training, all that a checkpoint needs: with adapters, these alone."""
+    """The parameters that are trained, all that a checkpoint needs; with adapters, only these."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_weights(model: GPT, weights: dict[str, Tensor]):
-    """The reverse of `trained`: copies them into the model. One that is missing is an error."""
+    """The reverse of `trained`: copy the weights into the model. A missing one is a KeyError."""
     for name, parameter in trained(model).items():
         parameter.copy_(weights[name])
 
 
 # ----------------------------------------------------------------- other models of the same weights
 def assemble(config, weights, source=None):
-    """A frozen GPT that holds these very tensors: nothing is copied, nothing drawn at random."""
+    """A frozen GPT whose parameters are these very tensors: nothing is copied or initialised."""
     with torch.device("meta"):
         model = GPT(config).requires_grad_(False)
     model.load_state_dict({"head.weight": weights["embed.weight"], **weights}, assign=True)
@@ -590,12 +590,12 @@ def add_adapters(model: GPT, rank: int, alpha: float | None = None):
     """Freeze the model and train a rank-r change of every matrix in the blocks instead:
     W x + (α/r) B A x, in fp32.
 
-    A starts random and B at zero, so the model starts as itself. α is 2r unless it is given. The
-    base stays what it was: a frozen teacher needs no second copy of the weights, see
+    A is initialised at random and B with zeros, so the model's outputs are unchanged at first. α is
+    2r unless it is given. The base's weights never change, so a frozen teacher can share them: see
     `without_adapters`.
     """
     if rank < 1:
-        raise ValueError(f"adapters of rank {rank}: at least 1")
+        raise ValueError(f"adapters of rank {rank}: the rank must be at least 1")
     model.requires_grad_(False)
     for layer in model.blocks.modules():
         if isinstance(layer, Linear):
@@ -606,7 +606,7 @@ def add_adapters(model: GPT, rank: int, alpha: float | None = None):
 
 
 def merged_weights(model: GPT, merge=True):
-    """(name, weight) of the base, adapters folded in, one at a time; a tied head comes once."""
+    """Yield (name, weight) of the base with adapters merged in; a tied head comes once."""
     for name, parameter in model.named_parameters():
         if not name.endswith((".A", ".B")):
             layer = model.get_submodule(name.rpartition(".")[0])
@@ -615,7 +615,7 @@ def merged_weights(model: GPT, merge=True):
 
 
 def without_adapters(model: GPT) -> GPT:
-    """The base that `model` adapts, as a GPT of its own that holds the same Parameters."""
+    """The base under the adapters, as another GPT that holds the same Parameters."""
     weights = dict(merged_weights(model, merge=False))
     if any(parameter.requires_grad for parameter in weights.values()):
         raise ValueError("without_adapters: the base's weights must be frozen")
@@ -624,15 +624,15 @@ def without_adapters(model: GPT) -> GPT:
 
 @torch.no_grad()
 def merged_copy(model: GPT) -> GPT:
-    """A second, frozen model with weights of its own, adapters folded in, in fp32 or better."""
+    """A frozen copy of the model, with adapters merged in, in fp32 or better."""
     dtype = torch.promote_types(model.embed.weight.dtype, torch.float32)
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in merged_weights(model)}
     return assemble(model.config, weights, model.source)
 
 
 def merged_view(model: GPT) -> GPT:
-    """The model with its adapters folded in, in its base's dtype: to decode with as few operations
-    as without them. It shares all that is not adapted, and does not follow the model."""
+    """The model with its adapters merged in, in the base's dtype, so that decoding costs no more
+    than without them. Other weights are shared; merged ones do not follow later updates."""
     weights = {}
     for name, tensor in merged_weights(model):
         weights[name] = tensor.detach().to(model.get_parameter(name).dtype)
@@ -640,9 +640,9 @@ def merged_view(model: GPT) -> GPT:
 
 
 def low_precision_(model: GPT, dtype: torch.dtype):
-    """Keep the matrices of the blocks in `dtype`, half the memory. To be run under autocast of that
-    dtype, which would cast them at every use: the outputs are the same to the bit. Meant for
-    weights that are not trained."""
+    """Store the matrices of the blocks in `dtype`, which halves their memory. Run the model under
+    autocast to that dtype, which would cast them at every use anyway: the outputs are the same bit
+    for bit. For weights that are not trained."""
     for layer in model.blocks.modules():
         if isinstance(layer, Linear):
             layer.weight.data = layer.weight.data.to(dtype)
@@ -650,7 +650,7 @@ def low_precision_(model: GPT, dtype: torch.dtype):
 
 # ========================================================================= Hugging Face, in and out
 SUPPORTED = "gpt2, llama, mistral (no active sliding window), qwen2, qwen3 (dense)"
-NAMES = {  # transformers' words -> ours, replaced in this order
+NAMES = {  # parts of transformers' names -> ours, replaced in this order
     "transformer.": "",
     "model.": "",
     "embed_tokens": "embed",
@@ -672,7 +672,7 @@ NAMES = {  # transformers' words -> ours, replaced in this order
     "_proj": "",
 }
 
-SHAPES = {  # GPTConfig's words -> transformers'; GPT-2 has the first six
+SHAPES = {  # fields of GPTConfig -> of transformers' configs; GPT-2 has the first six
     "vocab_size": "vocab_size",
     "n_layer": "num_hidden_layers",
     "d_model": "hidden_size",
@@ -690,14 +690,14 @@ SHAPES = {  # GPTConfig's words -> transformers'; GPT-2 has the first six
 
 
 def our_names(name):
-    """One, or three where GPT-2 holds q, k and v in one matrix."""
+    """Our names for one of transformers': three where GPT-2 holds q, k and v in one matrix."""
     for theirs, ours in NAMES.items():
         name = name.replace(theirs, ours)
     return [name.replace("qkv", part) for part in "qkv"] if "qkv" in name else [name]
 
 
 def our_config(hf) -> GPTConfig:
-    """A transformers config -> ours. What `GPT` cannot represent exactly is refused by name."""
+    """A transformers config -> ours; ValueError names what `GPT` cannot represent exactly."""
 
     def need(condition, what):
         if not condition:
@@ -732,7 +732,7 @@ def our_config(hf) -> GPTConfig:
     rope = {"rope_type": "default", **hf.rope_parameters}
     need(rope.get("partial_rotary_factor", 1.0) == 1.0, "a partial rotary embedding")
     if hf.model_type == "qwen2":
-        shapes["qkv_bias"] = True  # always, and not in its config
+        shapes["qkv_bias"] = True  # always, though its config does not say so
     return GPTConfig(
         **shapes,
         rope_theta=rope.pop("rope_theta"),
@@ -742,7 +742,8 @@ def our_config(hf) -> GPTConfig:
 
 
 def their_model(model: GPT) -> transformers.PreTrainedModel:
-    """As a transformers model without weights; one made here is a Llama, with q/k norm a Qwen3."""
+    """The same model in transformers, without weights: as it was loaded, or else a Llama, or with
+    q/k norm a Qwen3."""
     c, hf = model.config, model.source
     if hf is None:
         hf = transformers.AutoConfig.for_model(
@@ -753,12 +754,12 @@ def their_model(model: GPT) -> transformers.PreTrainedModel:
             eos_token_id=None,
             **{theirs: getattr(c, ours) for ours, theirs in SHAPES.items()},
         )
-        if our_config(hf) != c or (c.qk_norm and c.mlp_bias):  # what it says must be all of it
-            raise ValueError("this GPTConfig is no family of transformers: not Llama, not Qwen3")
+        if our_config(hf) != c or (c.qk_norm and c.mlp_bias):  # it must represent every field
+            raise ValueError("this GPTConfig fits no family of transformers: not Llama, not Qwen3")
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(hf)
 
 
 def read_config(folder: str) -> GPTConfig:
-    """The shapes of a checkpoint, without its weights."""
+    """The GPTConfig of a checkpoint, without reading its weights."""
     return our_config(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))

@@ -1,14 +1,14 @@
-"""Train: compile a context into a model's weights, beside SFT on the same task.
+"""Compile a context into a model's weights, and compare with SFT on the same task.
 
-    python train.py                                            the world: 4 kinds of context
+    python train.py                                            built-in world, 4 kinds of context
     python train.py --context instructions --divergence jsd    one kind
-    python train.py --resume                                   go on after Ctrl-C or kill
+    python train.py --resume                                   continue after Ctrl-C or kill
     python train.py --model FOLDER --context KIND --prompts FILE --context-file FILE    your own
 
 A method is two choices: who writes the completion y, and what is minimised on its tokens
-(`METHODS`). The loop is `fit`. Everything random in step s is seeded by (seed, s): a checkpoint
-holds no random state, and on a CPU a resumed run equals an uninterrupted one to the bit (on a GPU
-up to the nondeterminism of its kernels). Left out: several devices, sweeps, trackers."""
+(`METHODS`). The loop is `fit`. Everything random in step s is seeded by (seed, s), so a checkpoint
+holds no random state, and on a CPU a resumed run equals an uninterrupted one bit for bit (on a GPU,
+up to nondeterministic kernels). Left out: multiple devices, sweeps, experiment trackers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin ruin a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow a busy machine down
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -59,7 +59,7 @@ from model import (
 class Method:
     writer: tuple[str, ...]  # who writes y: the student, the teacher (who sees C), or the expert
     minimised: str  # on the tokens of y: the divergence to the teacher, or cross-entropy
-    lr: float  # in the built-in world: the smallest that learns all kinds (notebooks/rates.py)
+    lr: float  # in the built-in world; the smallest that learns all kinds (notebooks/rates.py)
     warmup: int = 10
     weight_decay: float = 0.0
 
@@ -68,7 +68,7 @@ METHODS = {
     "cosd": Method(("student",), "divergence", 2e-4),
     "sft": Method(("expert",), "cross_entropy", 1e-4),
     "offline": Method(("teacher",), "divergence", 2e-4),  # offline context distillation
-    "gkd": Method(("student", "expert"), "divergence", 2e-4),  # by turns; arXiv:2306.13649
+    "gkd": Method(("student", "expert"), "divergence", 2e-4),  # at random; arXiv:2306.13649
     "pretrain": Method(("expert",), "cross_entropy", 3e-3, warmup=50, weight_decay=0.1),
 }
 SAVE_SECONDS = 60  # between two checkpoints
@@ -78,7 +78,7 @@ BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
 # ====================================================================================== 1. the loop
 @dataclass
 class Run:
-    """What the loop works on, and what a checkpoint saves of it."""
+    """Everything that the loop works on; a checkpoint saves part of it (`save_run`)."""
 
     cfg: Config
     task: contexts.Task
@@ -88,19 +88,19 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # fp16 needs one; bf16 and fp32 pass through it unchanged
     autocast: Callable
-    divergence: Callable  # as --divergence and --top-k say
+    divergence: Callable  # the objective chosen by --divergence and --top-k
     folder: Path
     identity: dict
     step: int = 0
-    log: list[dict] = field(default_factory=list)  # a row a step
-    curve: list[dict] = field(default_factory=list)  # measurements on the way (--eval-every)
+    log: list[dict] = field(default_factory=list)  # one row per step
+    curve: list[dict] = field(default_factory=list)  # measurements during training (--eval-every)
     samples: list[str] = field(default_factory=list)
     before: dict = field(default_factory=dict)  # measured before the first step
     result: dict | None = None  # of a complete run
 
 
 def fit(run: Run) -> None:
-    """The training loop, in order of time."""
+    """The training loop."""
     cfg, method, student, scaler = run.cfg, METHODS[run.cfg.method], run.student, run.scaler
     bar = tqdm(total=cfg.steps, initial=run.step, desc=run.folder.stem, bar_format=BAR)
     save_at = time.perf_counter() + SAVE_SECONDS
@@ -108,13 +108,13 @@ def fit(run: Run) -> None:
         for step in range(run.step, cfg.steps):
             began = time.perf_counter()
 
-            # The rate: a linear warm-up, then a linear decay over the second half.
+            # The learning rate: a linear warm-up, and a linear decay over the second half.
             warm, left = (step + 1) / (method.warmup + 1), 2 * (1 - step / cfg.steps)
             rate = cfg.lr * min(1.0, warm) * min(1.0, left)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
 
-            # Prompts x with their contexts C, and completions y by whoever writes here.
+            # Prompts x with their contexts C, and completions y by the method's writer.
             with run.autocast():
                 parts = {"task": task_rows(run, step)}
                 if cfg.n_anchors:  # old prompts, so that nothing is forgotten
@@ -153,8 +153,8 @@ def fit(run: Run) -> None:
 
 
 def task_rows(run: Run, step: int) -> Rows:
-    """The task's prompts of this step, completed by the method's writer, for the teacher to score
-    in context."""
+    """The task's prompts of this step, completed by the method's writer, to be scored by the
+    teacher in context."""
     cfg, task, method = run.cfg, run.task, METHODS[run.cfg.method]
     examples = task.draw_batch(cfg.seed, step, cfg.batch - cfg.n_anchors)
     prompts = [task.show(task.chat, e) for e in examples]
@@ -175,8 +175,8 @@ def task_rows(run: Run, step: int) -> Rows:
 
 
 def anchor_rows(run: Run, step: int) -> Rows:
-    """Old prompts under other contexts or none, answered by the student and scored by the base in
-    the same context: replay from the model's own distribution, for every method alike."""
+    """Old prompts with other contexts or none, answered by the student and scored by the base in
+    the same context: replay of the model's own distribution, the same for every method."""
     cfg, task = run.cfg, run.task
     rng = contexts.seeded(cfg.seed, task.kind, "anchors", step)
     prompts = [teacher_prompt(task.chat, task.draw_anchor(rng)) for _ in range(cfg.n_anchors)]
@@ -186,8 +186,8 @@ def anchor_rows(run: Run, step: int) -> Rows:
 
 
 def write(run: Run, model: GPT, prompts, temperature, *what) -> list:
-    """Completions y of the prompts by a model, as lists of tokens; `what` names their random
-    numbers."""
+    """A model's completions y of the prompts, as lists of tokens; `what` seeds the sampling, with
+    the run's seed."""
     cfg, y, at_once = run.cfg, [], 2 * run.cfg.batch
     seed = contexts.seeded(cfg.seed, run.task.kind, *what).getrandbits(60)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -208,20 +208,20 @@ def make_rows(prompts, y, scorer, theirs, objective, share=1.0, reduction="token
 
 
 def log_row(parts: dict, losses: list, norm) -> dict:
-    """The step in numbers: the loss and the student's entropy; the objective's mean over each
-    part's tokens; the mean length of the task's answers; the gradient's norm."""
+    """A row of the log: the loss and the student's entropy; the objective's mean over each part's
+    tokens; the mean length of the task's answers; the norm of the gradient."""
     values = {"grad_norm": norm}
     for name, log in losses:
         mean = log["loss"] / parts[name].weights.sum()
         for key, value in {**log, name: mean}.items():
             values[key] = values.get(key, 0.0) + value
-    numbers = torch.stack([*values.values()]).tolist()  # one wait for the device
+    numbers = torch.stack([*values.values()]).tolist()  # waits for the device only once
     mask = parts["task"].mask
     return dict(zip(values, numbers)) | {"length": mask.sum().item() / len(mask)}
 
 
 def demand_finite(run: Run, row: dict) -> None:
-    """fp16's scaler skips a step whose gradient overflows; anything else is the end."""
+    """Stop if the loss or the gradient is not finite, unless fp16's scaler will skip the step."""
     may_overflow = run.scaler.is_enabled() and run.scaler.get_scale() >= 1
     if math.isfinite(row["loss"]) and (math.isfinite(row["grad_norm"]) or may_overflow):
         return
@@ -234,7 +234,7 @@ def demand_finite(run: Run, row: dict) -> None:
 
 @contextmanager
 def stopping() -> Iterator[list]:
-    """Ctrl-C and kill are noted, and acted upon between two steps; a second one at once."""
+    """Note Ctrl-C or kill, so that the loop stops between two steps; a second one stops at once."""
     asked, before = [], {}
 
     def note(number: int, _) -> None:
@@ -253,57 +253,57 @@ def stopping() -> Iterator[list]:
 
 # ======================================================================================== 2. config
 def flag(default, about: str, low: float | None = None):
-    """A field of Config: its default, its line in --help, its least value."""
+    """A field of Config: its default, its line in --help, its minimum."""
     return field(default=default, metadata={"about": about, "low": low})
 
 
 @dataclass(frozen=True)
 class Config:
-    context: str = flag("all", "a kind of contexts.KINDS; all: every kind, in the built-in world")
-    method: str = flag("all", "of METHODS; all: COSD and SFT; pretrain: the world's base alone")
-    divergence: str = flag("forward_kl", "or reverse_kl, jsd, policy_gradient (sampled tokens)")
-    top_k: int = flag(0, "the student's top k and a tail bucket; 0: the full vocabulary", 0)
-    teacher: str = flag("frozen", "who scores: the frozen start, an ema that follows, or live")
-    ema_rate: float = flag(0.02, "how fast the ema teacher follows", 0)
-    anchors: float = flag(0.0, "share of the batch that are old prompts, scored by the base", 0)
+    context: str = flag("all", "demonstrations, specification, instructions, privileged, or all")
+    method: str = flag("all", "cosd, sft, offline, gkd; all: cosd and sft; pretrain: the base only")
+    divergence: str = flag("forward_kl", "forward_kl, reverse_kl, jsd, policy_gradient (sampled)")
+    top_k: int = flag(0, "keep the student's top k and a tail bucket; 0: full vocabulary", 0)
+    teacher: str = flag("frozen", "frozen (the base), ema (of the student) or live (the student)")
+    ema_rate: float = flag(0.02, "weight of the student in each update of an ema teacher", 0)
+    anchors: float = flag(0.0, "share of the batch for old prompts, scored by the base", 0)
     steps: int | None = flag(None, "optimizer steps [250; with --model 40]", 1)
-    batch: int | None = flag(None, "prompts a step [64; with --model 8]", 1)
-    micro_batch: int = flag(0, "prompts at once, the result does not depend on it; 0: all", 0)
-    lr: float | None = flag(None, "[cosd 2e-4, sft 1e-4; with --model 5e-5, --lora 5e-4]", 0)
+    batch: int | None = flag(None, "prompts per step [64; with --model 8]", 1)
+    micro_batch: int = flag(0, "prompts per backward pass, to save memory (same result); 0: all", 0)
+    lr: float | None = flag(None, "learning rate [cosd 2e-4, sft 1e-4; model 5e-5, lora 5e-4]", 0)
     temperature: float = flag(1.0, "of the rollouts; 0 is greedy", 0)
     max_new_tokens: int | None = flag(None, "longest answer, in tokens [24; with --model 256]", 1)
-    reduction: str = flag("token", "what counts the same in the loss; or sequence, the answer")
-    skip: int = flag(0, "first tokens of each answer left out of the loss", 0)
+    reduction: str = flag("token", "what has equal weight in the loss: token or sequence")
+    skip: int = flag(0, "number of first tokens of each answer left out of the loss", 0)
     chunk: int | None = flag(None, "rows of logits held at once; 0: all [0; with --model 32]", 0)
     lora: int = flag(0, "rank of the adapters; 0: train all weights", 0)
-    checkpointing: bool = flag(False, "compute blocks again in the backward pass, to save memory")
+    checkpointing: bool = flag(False, "recompute blocks in the backward pass, to save memory")
     model: str | None = flag(None, "a folder or hub name; without it, the built-in world")
     prompts: str | None = flag(None, "JSON lines to train on")
     heldout: str | None = flag(None, "JSON lines to score on [every eighth line of --prompts]")
     context_file: str | None = flag(None, "C: .txt, .md, .json (chat), .jsonl (solved problems)")
-    template: str | None = flag(None, "a file that says how C is shown, in place of contexts.KINDS")
+    template: str | None = flag(None, "a file that says how C is shown, instead of contexts.KINDS")
     shots: int | None = flag(None, "lines shown before the prompt [demonstrations 4, else 0]", 0)
     score: str = flag("none", "exact, contains, regex, number, contains:TEXT, path.py:function")
-    anchor_file: str | None = flag(None, "JSON lines: prompts for --anchors, and for the drift")
-    chat_template_kwargs: str = flag("{}", 'as JSON: {"enable_thinking": false}, say')
-    dry_run: bool = flag(False, "read everything, say what would be done, and stop")
-    seed: int = flag(0, "of everything random", 0)
-    seeds: int = flag(1, "how many, from --seed on; the table gives mean ± deviation", 1)
+    anchor_file: str | None = flag(None, "JSON lines: prompts for --anchors and for the drift")
+    chat_template_kwargs: str = flag("{}", 'JSON, for instance {"enable_thinking": false}')
+    dry_run: bool = flag(False, "read and check all files, then stop")
+    seed: int = flag(0, "for everything random", 0)
+    seeds: int = flag(1, "how many, from --seed on; the table gives mean ± standard deviation", 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = flag("auto", "of autocast: fp32, bf16 or fp16; the weights stay fp32")
-    compile: bool = flag(False, "decode by one recorded step: on CUDA a graph, else torch.compile")
-    eval_size: int = flag(128, "held-out prompts, and prompts a probe", 1)
-    eval_every: int = flag(0, "measure every so many steps, for the curve; 0: at the end only", 0)
-    out: str = flag("out", "where bases and runs are kept")
-    resume: bool = flag(False, "take up what was stopped, skip what is complete")
-    pretrain_steps: int = flag(2000, "of the built-in world's base", 1)
+    dtype: str = flag("auto", "for autocast: fp32, bf16 or fp16; the weights stay fp32")
+    compile: bool = flag(False, "decode faster: on CUDA with a graph, else with torch.compile")
+    eval_size: int = flag(128, "number of held-out prompts, and of probes in each suite", 1)
+    eval_every: int = flag(0, "measure every so many steps, for the curve; 0: only at the end", 0)
+    out: str = flag("out", "folder for bases and runs")
+    resume: bool = flag(False, "continue what was stopped, skip what is complete")
+    pretrain_steps: int = flag(2000, "steps of pretraining for the built-in world's base", 1)
 
     def __post_init__(self):
         check_flags(self)
         check_combinations(self)
 
     def resolved(self, method: str) -> Config:
-        """With the defaults that depend on the method, and on the built-in world or --model."""
+        """Fill in the defaults that depend on the method, and on the built-in world or --model."""
         world = dict(steps=250, batch=64, lr=METHODS[method].lr, chunk=0, max_new_tokens=24)
         own = dict(steps=40, batch=8, lr=5e-4 if self.lora else 5e-5, chunk=32, max_new_tokens=256)
         chosen = {"method": method}
@@ -335,38 +335,38 @@ GROUPS = {"context": "what to learn, and how", "model": "your own model", "seed"
 
 
 def check_flags(cfg: Config) -> None:
-    """Each flag by itself: its choices, or its least value."""
+    """Check each flag by itself: its choices, or its minimum."""
     for item in fields(Config):
         name, value, low = item.name, getattr(cfg, item.name), item.metadata["low"]
         choices = CHOICES.get(name, [value])
         if name == "context":
-            choices = ["all", *KINDS]  # looked up late: a new kind is known
+            choices = ["all", *KINDS]  # looked up here, so that a new kind is accepted
         with reading(f"{spelled(name)} {value!r}"):
-            str(value).encode()  # some file names are no text
+            str(value).encode()  # some file names are not valid text
             if value not in choices:
                 raise ValueError(f"choose from {', '.join(choices)}")
             if None not in (low, value) and not low <= value < 1e9:
-                raise ValueError(f"must be at least {low}, and a number that fits")
+                raise ValueError(f"must be at least {low}, and below 1e9")
 
 
 def check_combinations(cfg: Config) -> None:
-    """Flags that contradict each other, or that would be ignored without a word."""
+    """Refuse flags that contradict each other, or that would silently be ignored."""
     idle = [spelled(f) for f in OWN.split() if getattr(cfg, f) != getattr(Config, f)]
     sampled = cfg.divergence == "policy_gradient"
     off_policy = cfg.method in ["offline", "gkd"] or cfg.temperature != 1
     for wrong, message in [
-        (idle and not cfg.model, f"{' '.join(idle)} without --model: the world has its own"),
-        (cfg.model and cfg.context == "all", "--model needs --context, one kind"),
+        (idle and not cfg.model, f"{' '.join(idle)} without --model has no effect"),
+        (cfg.model and cfg.context == "all", "--model needs --context with one kind"),
         (cfg.model and not cfg.prompts, "--model needs --prompts FILE"),
         (cfg.model and cfg.anchors and not cfg.anchor_file, "--anchors needs --anchor-file FILE"),
         (max(cfg.anchors, cfg.ema_rate) > 1, "--anchors and --ema-rate are shares: at most 1"),
-        (sampled and cfg.top_k, "policy_gradient sees sampled tokens only: no --top-k"),
+        (sampled and cfg.top_k, "policy_gradient uses sampled tokens only: no --top-k"),
         (sampled and off_policy, "policy_gradient needs --method cosd and --temperature 1"),
         (
             cfg.skip >= (cfg.max_new_tokens or 24),
             f"--skip {cfg.skip} must be below --max-new-tokens",
         ),
-        (cfg.model and cfg.method == "pretrain", "--method pretrain is the built-in world's"),
+        (cfg.model and cfg.method == "pretrain", "--method pretrain is for the built-in world"),
     ]:
         if wrong:
             raise BadInput(message)
@@ -377,7 +377,7 @@ def spelled(name: str) -> str:
 
 
 def parse(argv: list[str] | None) -> Config:
-    """The command line is the dataclass: one flag a field, no abbreviations."""
+    """The command line is the dataclass: one flag per field, no abbreviations."""
     parser = argparse.ArgumentParser(
         usage="python train.py [flags]",
         description=__doc__,
@@ -395,7 +395,9 @@ def parse(argv: list[str] | None) -> Config:
         if title := GROUPS.get(item.name):
             group = parser.add_argument_group(title)
         group.add_argument(spelled(item.name), help=about, **how)
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="smoke: in seconds")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="default", help="smoke: a test in seconds"
+    )
     given = vars(parser.parse_args(argv))
     return Config(**PRESETS[given.pop("preset")] | given)
 
@@ -409,20 +411,19 @@ def mean_loss(run: Run, model: GPT, prompts, y, objective, scorer=None, theirs=(
     return sum(losses).item()
 
 
-REVERSE_KL = make_objective("reverse_kl")  # KL(model‖scorer), exact at every token of its samples
+REVERSE_KL = make_objective("reverse_kl")  # KL(model‖scorer), exact at every token of y
 
 
 def drift(run: Run, prompts: list[list[int]]) -> float:
-    """KL(base‖student) on the base's own samples, both without any other context than the prompts
-    have."""
+    """KL(base‖student) on the base's own samples of these prompts, in nats per token."""
     base, student = run.base.model, Teacher(run.student, "live")
     y = write(run, base, prompts, 1, "drift")
     return mean_loss(run, base, prompts, y, REVERSE_KL, student, prompts)
 
 
 def measure(run: Run) -> dict:
-    """What the student can do now: the task without C, what is left to learn from C, old skills,
-    and how far it moved."""
+    """What the student can do now: the task without C, the KL that is left to the teacher, old
+    skills, and how far it has moved from the base."""
     task, student, probes = run.task, run.student, []
     prompts = [student_prompt(task.chat, e) for e in task.heldout]
     y = write(run, student, prompts, 1, "held-out KL")
@@ -442,7 +443,7 @@ def measure(run: Run) -> dict:
 
 
 def evaluate(run: Run) -> None:
-    """Samples three times on the way, and with --eval-every a point of the curve."""
+    """Samples, three times in a run, and with --eval-every a point of the curve."""
     cfg = run.cfg
     with run.autocast():
         if run.before and run.step % max(1, cfg.steps // 3) == 0:
@@ -452,9 +453,9 @@ def evaluate(run: Run) -> None:
 
 
 def preflight(run: Run) -> dict:
-    """Before training. The teacher is the ceiling: if it does not beat the student, there is
-    nothing to distil."""
-    before, heldout = measure(run), run.task.heldout  # of the base, which the student still is
+    """Measure before training. The teacher is the ceiling: if it does not beat the student, there
+    is nothing to distil."""
+    before, heldout = measure(run), run.task.heldout  # the student is still the base
     prompts = [student_prompt(run.task.chat, e) for e in heldout]
     theirs = context_prompts(run.task, heldout, write(run, run.student, prompts, 0))
     before["teacher"] = run.task.grades(heldout, write(run, run.student, theirs, 0))
@@ -465,7 +466,7 @@ def preflight(run: Run) -> dict:
     if ceiling.get("score", kl) <= floor.get("score", 0.02):
         warn(f"{name}: the teacher hardly beats the student: C can teach this model nothing")
     if ceiling.get("cut_off", 0) > 0.5:
-        warn(f"{name}: most answers are cut off: raise --max-new-tokens {run.cfg.max_new_tokens}")
+        warn(f"{name}: most answers are cut off by --max-new-tokens {run.cfg.max_new_tokens}")
     return before
 
 
@@ -487,7 +488,7 @@ def sample_text(run: Run) -> str:
 
 # ===================================================================================== 4. the state
 def replace_file(path: Path, write_to: Callable) -> None:
-    """Atomic: a kill at any moment leaves either the old file or the new one."""
+    """Write atomically: a kill at any moment leaves either the old file or the new one."""
     unfinished = path.with_suffix(".tmp")
     try:
         write_to(unfinished)
@@ -497,11 +498,11 @@ def replace_file(path: Path, write_to: Callable) -> None:
     os.replace(unfinished, path)
 
 
-KEPT = "identity step log curve samples before result".split()  # of a Run
+KEPT = "identity step log curve samples before result".split()  # fields of a Run
 
 
 def save_run(run: Run) -> None:
-    """The whole state in one file, then its readable projections, which nothing reads back."""
+    """Save the whole state in one file, then readable copies of parts, which nothing reads back."""
     state = {name: getattr(run, name) for name in KEPT}
     state["model"] = {name: p.detach() for name, p in trained(run.student).items()}
     if run.result is None:
@@ -518,7 +519,7 @@ def save_run(run: Run) -> None:
 
 
 def load_state(path: Path, identity: dict) -> dict:
-    """A state of exactly this run, or one clear line. Runs no code, takes no damaged weights."""
+    """The state of exactly this run, or a BadInput. Runs no code, accepts no damaged weights."""
     with reading(f"{path} cannot be used; delete it, or choose another --out"):
         if damaged := zipfile.ZipFile(path).testzip():
             raise ValueError(f"{damaged} is damaged")
@@ -532,7 +533,7 @@ def load_state(path: Path, identity: dict) -> dict:
 
 
 def restore(run: Run) -> None:
-    """Take up what was stopped, if anything was."""
+    """Continue from the saved state, if there is one."""
     path = run.folder / "state.pt"
     if not path.exists():
         return
@@ -550,7 +551,7 @@ def restore(run: Run) -> None:
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[Path]:
-    """A run works in FOLDER.unfinished, alone. When it is complete, that becomes FOLDER, in place
+    """Work in FOLDER.unfinished, locked for other processes. On success it becomes FOLDER, in place
     of an earlier one."""
     work, old = folder.with_suffix(".unfinished"), folder.with_suffix(".replaced")
     work.mkdir(parents=True, exist_ok=True)
@@ -568,14 +569,14 @@ def working_in(folder: Path) -> Iterator[Path]:
 
 # ====================================================================================== 5. the runs
 def assemble(cfg: Config, task: contexts.Task, student: GPT, identity: dict, folder: Path) -> Run:
-    """The parts of a run, at step 0."""
+    """A run at step 0."""
     device, dtype, autocast = resolve_device(cfg.device, cfg.dtype)
-    # What stays in fp32 beside half precision, the head's products, may use a card's TF32 units.
+    # With half precision, the products that stay in fp32 (the head's) may use TF32.
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     if cfg.lora:
         torch.manual_seed(cfg.seed)
         add_adapters(student, cfg.lora)
-        low_precision_(student, dtype)  # what nobody trains is kept as autocast would cast it
+        low_precision_(student, dtype)  # frozen weights are stored as autocast would cast them
     student.checkpointing = cfg.checkpointing
     teacher = Teacher(student, cfg.teacher, cfg.ema_rate, task.shared)
     base = teacher if cfg.teacher == "frozen" else Teacher(student, "frozen")
@@ -587,7 +588,7 @@ def assemble(cfg: Config, task: contexts.Task, student: GPT, identity: dict, fol
     return Run(cfg, task, student, teacher, base, *made, folder, identity)
 
 
-# These do not change a run's result, or by rounding only.
+# Flags that do not say what is computed, only where and how.
 NOT_IDENTITY = "out resume seeds device micro_batch chunk checkpointing compile dry_run".split()
 
 
@@ -596,9 +597,9 @@ def digest(value) -> str:
 
 
 def get_base(cfg: Config, root: str) -> tuple[GPT, str]:
-    """The built-in world's base for this configuration and seed, and its name. Pretraining is the
-    same loop. It goes on from where it stood; a complete base is only read. The name is a digest of
-    the settings and of a sample of the data itself, so that a changed world means a new base."""
+    """The built-in world's base for this configuration and seed, and its name. Pretraining uses the
+    same loop, and continues where it was stopped; a complete base is only loaded. The name is a
+    digest of the settings and of a sample of the data, so that a changed world gets a new base."""
     kept = {"seed": cfg.seed, "dtype": cfg.dtype, "steps": cfg.pretrain_steps, "batch": 96}
     cfg = Config(method="pretrain", teacher="live", device=cfg.device, **kept).resolved("pretrain")
     shape, rng = GPTConfig(contexts.ENCODING.n_vocab), contexts.seeded("data")
@@ -630,7 +631,7 @@ def run_method(cfg: Config, task: contexts.Task, student: GPT, base: str) -> dic
         run = assemble(cfg, task, student, identity, work)
         if cfg.resume:
             restore(run)
-        if run.result:  # killed after the last save, before the folder got its name
+        if run.result:  # killed after the last save, before the folder was renamed
             return run.result
         with run.autocast():
             if not run.before:
@@ -653,9 +654,9 @@ def run_method(cfg: Config, task: contexts.Task, student: GPT, base: str) -> dic
 
 
 def export(run: Run) -> None:
-    """What transformers 4 and 5 and vLLM load: the merged model, its tokenizer's original files."""
+    """Write what transformers 4 and 5 and vLLM load: the merged model and its tokenizer's files."""
     folder = run.folder / "export"
-    shutil.rmtree(folder, ignore_errors=True)  # of a stopped try
+    shutil.rmtree(folder, ignore_errors=True)  # left by a stopped run
     with reading(f"{folder} could not be written"):
         run.student.save_pretrained(folder, run.task.chat.ends)
         for path in Path(cached_file(run.cfg.model, "config.json")).parent.iterdir():
@@ -669,17 +670,16 @@ def input_files(cfg: Config) -> list[Path]:
 
 
 def run_own(cfg: Config) -> dict:
-    """A run on the user's model and files. Whatever is wrong with the files shows up before any
-    weight is loaded."""
+    """A run on your model and files. Errors in the files are found before weights are loaded."""
     path = Path(cfg.model)
     for file in [path, *input_files(cfg)]:
         if any((place / "state.pt").exists() for place in file.resolve().parents):
-            raise BadInput(f"{file} lies in a run's folder, which may be replaced: copy it first")
+            raise BadInput(f"{file} is in a run's folder, which may be replaced: copy it first")
     with reading(f"--model {cfg.model}"):
-        # A name of the hub, or a path: out/x, where there is a folder out, is a path.
+        # A hub name or a path? out/x is a path if there is a folder out.
         local = cfg.model[0] in "./~" or path.exists() or path.parent.name and path.parent.is_dir()
         if local and not (path / "config.json").is_file():
-            raise ValueError("no config.json there: name a folder with a whole model, not adapters")
+            raise ValueError("no config.json there: give a complete model's folder, not adapters")
         shape = read_config(cfg.model)
         extra = json.loads(cfg.chat_template_kwargs)
         chat = contexts.open_chat(cfg.model, shape.vocab_size, **extra)
@@ -695,7 +695,8 @@ def run_own(cfg: Config) -> dict:
 
 # ===================================================================================== 6. the whole
 def comparison(cfg: Config) -> list[Config]:
-    """COSD and SFT, each at its own rate, and SFT at COSD's; everything else is the same."""
+    """The runs to make. By default COSD and SFT, each at its own learning rate, and SFT at COSD's,
+    with everything else the same; on your own model COSD alone."""
     if cfg.method != "all":
         return [cfg.resolved(cfg.method)]
     if cfg.model:
@@ -705,7 +706,7 @@ def comparison(cfg: Config) -> list[Config]:
 
 
 def train(cfg: Config) -> list[dict]:
-    """Everything that `python train.py` does, for notebooks and tests. Returns a result a run."""
+    """Everything that `python train.py` does, for notebooks and tests. Returns a result per run."""
     results = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         cfg = replace(cfg, seed=seed)
@@ -729,7 +730,7 @@ def main(argv=None):
         train(parse(argv))
         return 0
     except KeyboardInterrupt as stopped:
-        said, code = f"{stopped}: go on with the same command and --resume", 130
+        said, code = f"{stopped}: continue with the same command and --resume", 130
     except FloatingPointError as error:
         said, code = error, 1
     except (BadInput, OSError) as error:
@@ -740,7 +741,7 @@ def main(argv=None):
         if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         said, code = "error: out of memory: lower --micro-batch, set --chunk 32 and ", 2
-        said += "--checkpointing (the result stays the same); or --lora 16, a lower --batch"
+        said += "--checkpointing (the result stays the same); or use --lora 16 or a lower --batch"
     print(f"\ntrain.py: {said}", file=sys.stderr)
     return code
 

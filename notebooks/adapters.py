@@ -1,9 +1,9 @@
-"""The adapters of a run with --lora, as PEFT and vLLM load them.
+"""Write the adapters of a --lora run in the format of PEFT and vLLM.
 
     python notebooks/adapters.py out/RUN [FOLDER]       into FOLDER, or out/RUN/adapters
 
-A run's own export has the adapters folded into the base. Here they stand alone, for a server that
-switches between several of them over one base.
+A run's own export has the adapters merged into the base. This script writes them separately, for a
+server that switches between several adapters of one base.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from model import GPT, our_names, read_config, their_model
 
 
 def save_adapters(weights: dict[str, torch.Tensor], model: GPT, folder: Path, base: str):
-    """Write `weights`, ours by name, NAME.A (r, in) and NAME.B (out, r), under PEFT's names.
-    `model` has the shapes (it may be on the meta device), `base` is where PEFT finds its weights.
+    """Write `weights`, named NAME.A (r, in) and NAME.B (out, r) as in model.py, under PEFT's names.
+    `model` gives the shapes (it may be on the meta device); `base` is where PEFT finds the base.
 
     train.py's adapters have α = 2r: W + (α/r) B A = W + 2 B A."""
     state, targets = {}, set()
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             state = torch.load(options.run / "state.pt", map_location="cpu", weights_only=True)
             base = state["identity"]["model"]
             if base is None:
-                raise ValueError("a run in the built-in world: there is no base for PEFT to load")
+                raise ValueError("a run in the built-in world, which has no base for PEFT to load")
             with torch.device("meta"):
                 model = GPT(read_config(base))
             save_adapters(state["model"], model, folder, base)

@@ -1,7 +1,7 @@
-"""The pretrained base as one file, which can be handed out: pretraining takes a quarter of an hour.
+"""The pretrained base as one file to hand out, because pretraining takes a quarter of an hour.
 
 python notebooks/base.py                 base.safetensors -> out/base-..., where train.py looks for it
-python notebooks/base.py --pack          the other way round
+python notebooks/base.py --pack          out/base-... -> base.safetensors
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Missing(Exception):
 
 
 def name_in(bases: Path) -> str:
-    """The folder of seed 0's base under `bases`; raises Missing where train.py would have to make it."""
+    """The name of seed 0's base under `bases`; raises Missing if train.py would have to make it."""
     cfg = train.Config(method="pretrain", device="cpu")
     with mock.patch("train.working_in", side_effect=Missing(f"{bases} holds no pretrained base")):
         return train.get_base(cfg, str(bases))[1]
@@ -45,7 +45,7 @@ def pack(bases: Path, file: Path = FILE) -> None:
 
 
 def unpack(bases: Path, file: Path = FILE) -> str:
-    """-> the folder's name. What is there already stays."""
+    """-> the name of the base's folder. An existing folder is left alone."""
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
         weights = {key: opened.get_tensor(key) for key in opened.keys()}

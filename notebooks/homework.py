@@ -1,17 +1,17 @@
-"""The repository as a course assignment: hand out a student's copy, grade what comes back.
+"""The repository as a course assignment: make the student's copy, and grade submissions.
 
     python notebooks/homework.py make FOLDER [--solved q1 q2]          the student's copy
     python notebooks/homework.py grade SUBMISSION [--results FILE]     a table, and a JSON in Gradescope's results format
-    python notebooks/homework.py class FOLDER [--results FOLDER]       every folder and zip in there, and grades.csv
+    python notebooks/homework.py class FOLDER [--results FOLDER]       grades every folder and zip in it; writes grades.csv
     python notebooks/homework.py zip FILE                              an autograder for Gradescope, with a Dockerfile
 
-What the student is to write is listed in `ASKED`: the functions of each question, by name, with a hint. `make` puts `raise
+`ASKED` lists what the student is to write: the functions of each question, with a hint. `make` puts `raise
 NotImplementedError("q3: ...")` there, and checks that no removed line of 24 or more characters is left anywhere in the copy.
 
-`grade` takes the functions that a question asks for, and whatever top-level names the student added to that file, into the
-instructor's file without answers. That runs in a process with nothing in reach, which maps inputs to outputs (`Student`,
-grader/worker.py); whether an output is right is judged here (grader/judge.py). Files that are handed in are data: what they say
-is trained again by measure.py, on the instructor's code. See homework.md.
+`grade` copies the functions that a question asks for, and any top-level names that the student added to that file, into the
+instructor's file without answers. This runs in a process without access to anything, which maps inputs to outputs (`Student`,
+grader/worker.py); another process judges the outputs (grader/judge.py). Submitted settings are data: measure.py trains with them
+again, on the instructor's code. See homework.md.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ SHIPPED = (
     "tests/conftest.py",
     "tests/test_questions.py",
 )
-KEPT = ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment
+KEPT = ("PATH", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")  # environment variables that are passed on
 IMPORTS = set(
     """__future__ abc bisect cmath collections contextlib copy dataclasses decimal enum fractions functools heapq
     inspect itertools json logging math numbers operator os pathlib random re statistics string struct sys textwrap time
     traceback types typing typing_extensions unicodedata unittest uuid warnings weakref
     torch numpy einops opt_einsum tiktoken transformers safetensors tqdm""".split()
-)  # what a submission may import: it is done before its code runs
+)  # what a submission may import; these are imported before its code runs
 
 
 @dataclass(frozen=True)
 class Question:
     about: str
     points: int  # given by the tests
-    files: tuple[str, ...]  # what the submission is asked for
-    seconds: int  # time limit of a case, of training where there is none; with a wide margin
+    files: tuple[str, ...]  # to be submitted
+    seconds: int  # time limit of a case, or of the training; with a wide margin
     by_hand: int = 0  # points that a person gives
 
 
@@ -93,14 +93,14 @@ QUESTIONS = {
     "q8": Question("bonus: a fifth context", 10, ("q8.py",), 600),
 }
 WRITTEN = {"q1": "q1.md", "q7": "q7.md"}  # read by a person
-LARGEST = 64 * 2**20  # bytes of a zip's files, unpacked
+LARGEST = 64 * 2**20  # bytes of a zip's unpacked files
 
 
 # ============================================================================================ the student's copy
 @dataclass(frozen=True)
 class Asked:
-    """What a question asks for: a function's body from its first statement on, or from the one that starts with `begins`, to its
-    end, or to the statement before the one that starts with `ends`."""
+    """What a question asks for: the body of a function, from the statement that starts with `begins` (or the first) to the one
+    before the statement that starts with `ends` (or the last)."""
 
     question: str
     file: str
@@ -119,7 +119,10 @@ ASKED = (
         "return",
     ),
     Asked(
-        "q1", "cosd.py", "kl", "where a is 0, log a is no number to multiply, forward or backward"
+        "q1",
+        "cosd.py",
+        "kl",
+        "if a is 0, log a is −∞: keep it out of the forward and the backward pass",
     ),
     Asked("q1", "cosd.py", "forward_kl", "one call of kl; the average is the teacher's", "return"),
     Asked("q1", "cosd.py", "reverse_kl", "one call of kl; the average is the student's", "return"),
@@ -140,7 +143,7 @@ ASKED = (
         "q2",
         "cosd.py",
         "token_weights",
-        "leave out what `skip` says, then divide: by what?",
+        "leave out the tokens that `skip` says, then divide: by what?",
         "scored =",
     ),
     Asked(
@@ -154,7 +157,7 @@ ASKED = (
         "q3",
         "model.py",
         "KVCache.attend",
-        "keep k and v in self.keys and self.values of this layer: the first call's with room behind, later ones in their slots",
+        "store k and v in self.keys and self.values of this layer: on the first call with room after them, later in their slots",
         "if self.filling",
         "if self.bias",
     ),
@@ -162,7 +165,7 @@ ASKED = (
         "q3",
         "model.py",
         "GPT.generate",
-        "read the prompts at once, forget the padding, then write a token at a time",
+        "read the prompts at once, forget the padding, then generate a token at a time",
         "states =",
     ),
     Asked("q4", "contexts.py", "render", "[SYSTEM, C,] USER, x, ASSISTANT"),
@@ -176,24 +179,24 @@ ASKED = (
         "q4",
         "contexts.py",
         "file_example",
-        "the context is system, example turns, shots; x and shots are dressed alike",
+        "the context is system turn, example turns, shots; x and the shots go through `dressed`",
     ),
     Asked(
         "q5",
         "cosd.py",
         "cosd_loss",
-        "states of both, then the objective on every token and the sum under the weights; or all by chunks",
+        "states of both, then the objective at every token and the weighted sum; or all of it in chunks",
         "h_s =",
     ),
     Asked(
         "q5",
         "cosd.py",
         "token_probabilities",
-        "the same states without gradient; the probability of the token that came",
+        "the same states without gradient; then the probability of each sampled token",
         "h_s =",
     ),
 )
-SHOWN: set[str] = set()  # lines that a given function has too: they may stay
+SHOWN: set[str] = set()  # removed lines that also occur in a given function, where they may stay
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class Blank:
 
 @lru_cache(maxsize=16)
 def blanks(name: str, source: str) -> list[Blank]:
-    """The places to fill in this version of a file, from top to bottom."""
+    """The places to fill in a version of a file, from top to bottom."""
     found, defs = [], functions(ast.parse(source))
     for asked in ASKED:
         if asked.file != name:
@@ -227,7 +230,7 @@ def blanks(name: str, source: str) -> list[Blank]:
 
 
 def statement_of(asked: Asked, texts: list[str], begins: str) -> int:
-    """Where in a body the statement is that starts so."""
+    """The index of the first statement that starts with `begins`."""
     for i, text in enumerate(texts):
         if text.startswith(begins):
             return i
@@ -264,9 +267,7 @@ def blank_out(name: str, source: str, solved: tuple[str, ...] = ()) -> tuple[str
         if question in solved:
             continue
         above = blank.first - 1
-        while (
-            lines[above - 1].strip().startswith("#")
-        ):  # what introduces the first statement goes too
+        while lines[above - 1].strip().startswith("#"):  # comments above the first statement go too
             above -= 1
         removed += lines[above : blank.last]
         hint = f'raise NotImplementedError("{question}: {blank.asked.hint}")'
@@ -275,7 +276,7 @@ def blank_out(name: str, source: str, solved: tuple[str, ...] = ()) -> tuple[str
 
 
 def survivors(folder: Path, removed: list[str]) -> list[str]:
-    """Removed lines of 24 characters or more that some file of the copy still holds, in notebooks' sources and outputs too."""
+    """Removed lines of 24 characters or more that are still in some file of the copy, also in a notebook's sources or outputs."""
 
     def bare(line):
         return re.sub(r"\s+", " ", re.sub(r"  +#.*", "", line)).strip()
@@ -297,7 +298,7 @@ def survivors(folder: Path, removed: list[str]) -> list[str]:
 
 
 def strings(value) -> list[str]:
-    """All texts in a JSON value; a notebook's lists of lines come joined."""
+    """All texts in a JSON value; a list of texts, as in a notebook, is joined."""
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
         return ["".join(value)]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -310,7 +311,7 @@ DERIVED = (
 
 
 def underived(source: str) -> str:
-    """Without the gradients' formulas in the docstrings of question 1: to derive them is asked for in q1.md."""
+    """Without the gradient formulas in the docstrings of question 1, which q1.md asks to derive."""
     defs, edits = functions(ast.parse(source)), []
     lines = source.splitlines(keepends=True)
     for asked in ASKED:
@@ -326,7 +327,7 @@ def underived(source: str) -> str:
 
 def make(folder: Path, solved: tuple[str, ...] = (), bases: Path = ROOT / "out") -> None:
     if folder.exists() and any(folder.iterdir()):
-        raise SystemExit(f"homework.py: {folder} is not empty: name a new folder")
+        raise SystemExit(f"homework.py: {folder} is not empty: give a new folder")
     files, removed = {name: (ROOT / name).read_text() for name in SHIPPED}, []
     handout = files["notebooks/homework.md"]  # README; questions; for instructors
     files["README.md"], files["notebooks/homework.md"] = re.search(
@@ -347,16 +348,16 @@ def make(folder: Path, solved: tuple[str, ...] = (), bases: Path = ROOT / "out")
     try:
         base.pack(bases, folder / "base.safetensors")
     except base.Missing as missing:
-        print(f"{missing}: the copy comes without, and every student has to make one (14 minutes)")
+        print(f"{missing}: the copy has none, and every student must make one (14 minutes)")
 
 
 # ===================================================================================== a submission, one file merged
 class Refused(Exception):
-    """Why a question gets no points: one readable line."""
+    """The reason why a question gets no points, in one line."""
 
 
 def find(submission: Path) -> Path:
-    """The folder that holds the files: `submission` itself, or the one below it with the most of them (a zip's own folder)."""
+    """The folder with the files: `submission` itself, or the folder below it with the most of them (the one inside a zip)."""
     wanted = {name for q, asked in QUESTIONS.items() for name in (*asked.files, WRITTEN.get(q))}
 
     def held(folder):
@@ -395,7 +396,7 @@ def parse(name: str, data: bytes) -> tuple[str, ast.Module]:
 
 
 def merge(reference: str, submitted: str, theirs: ast.Module, wanted: list[str], name: str) -> str:
-    """The reference, with the functions `wanted` and all new names from the submission, each where the student has put it."""
+    """The reference, with the functions `wanted` and all new names from the submission, each where the student put it."""
     ours, lines, edits = ast.parse(reference), reference.splitlines(keepends=True), []
 
     def source(node: ast.AST, column: int = 0) -> str:
@@ -455,7 +456,7 @@ def merge(reference: str, submitted: str, theirs: ast.Module, wanted: list[str],
 
 
 def bound(node: ast.AST) -> set[str]:
-    """The names that a top-level statement defines. What defines none (a call, a `raise`) is not taken over."""
+    """The names that a top-level statement defines. Statements that define none (a call, a `raise`) are dropped."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {node.name}
     if isinstance(node, ast.Import) or (
@@ -484,7 +485,7 @@ def asked_for(question: str, name: str) -> list[str]:
 
 
 def merged(submission: Path, question: str) -> tuple[str, list[str]]:
-    """-> (the file of this question: theirs where it is asked for, else the instructor's without answers, what it imports)."""
+    """-> (the question's file: the functions asked for are the student's, the rest the instructor's without answers; its imports)."""
     (name,) = QUESTIONS[question].files
     text, tree = parse(name, handed_in(submission, name, question))
     if name in CODE:
@@ -499,7 +500,7 @@ def given(name: str) -> str:
 
 
 def imports(tree: ast.Module) -> list[str]:
-    """The modules that a file imports anywhere, of those that it may."""
+    """The allowed modules that a file imports, anywhere in it."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -512,7 +513,7 @@ def imports(tree: ast.Module) -> list[str]:
 # ================================================================================================ the student's process
 BOOT = "import sys; n = int(sys.stdin.buffer.readline()); exec(sys.stdin.buffer.read(n))"
 CACHE = {"model.KVCache.advance": "plain_advance", "model.KVCache.attend": "plain_attend"}
-STANDINS = {  # for what another question asks; the last: names of the submitted module that it replaces
+STANDINS = {  # for the answers to other questions; the last entry: names in the submitted module that are replaced
     "q1": ("", {}, {}),
     "q2": ("plain_advance plain_attend", CACHE, {}),
     "q3": ("", {}, {}),
@@ -537,7 +538,7 @@ NEEDED: dict[
 
 
 class Student:
-    """A process in which one question's part of one submission maps inputs to outputs; see grader/worker.py."""
+    """A process in which a submission's code for one question maps inputs to outputs; see grader/worker.py."""
 
     def __init__(self, question: str, seconds: float, megabytes: int = 1024):
         self.question, self.seconds, self.megabytes = question, seconds, megabytes
@@ -550,7 +551,7 @@ class Student:
         standins, self.standins = self.standins, {}
         self.load("", [])
         found = self.ask("sealed", {})
-        if "error" in found and self.uid is not None:  # a root that may not chroot
+        if "error" in found and self.uid is not None:  # root without the right to chroot
             self.uid = None
             found = self.ask("sealed", {})
         if found != {"out": {"opened": []}}:
@@ -610,7 +611,7 @@ class Student:
         self.process.stdin.flush()
 
     def receive(self, seconds: float):
-        """The next answer. A process that is silent for too long, or has gone, is replaced."""
+        """The next answer. EOFError if the process is silent for too long or has ended."""
         pipe, data, until = self.process.stdout.fileno(), b"", time.monotonic() + seconds
         while True:
             head, newline, body = data.partition(b"\n")
@@ -630,7 +631,7 @@ class Student:
             raise Refused(found["error"])
 
     def answers(self, cases: list) -> list[dict]:
-        """A {"out": ...} or {"error": why there is no output} for each. Whatever the submission does, this returns."""
+        """For each case {"out": ...} or {"error": why there is no output}. Returns whatever the submission does."""
         module = Path(QUESTIONS[self.question].files[0]).stem
         inputs = [dict(operation=case.operation, given=case.given) for case in cases]
         order = dict(cases=inputs, module=module, standins=self.standins)
@@ -638,7 +639,7 @@ class Student:
         try:
             self.send(order | limits)
             texts = self.receive((self.seconds + 5) * len(cases) + 30)
-        except (EOFError, BrokenPipeError):  # by a signal: it ran as the same user
+        except (EOFError, BrokenPipeError):  # possibly by a signal, if it ran as the same user
             self.start()
             if len(cases) > 1:
                 return [self.answers([case])[0] for case in cases]
@@ -664,7 +665,7 @@ def shorten(text: str, length: int = 300) -> str:
 
 
 def verdict(case, answer: dict) -> str:
-    """Why an answer is wrong; empty if it is right."""
+    """The reason why an answer is wrong, or "" if it is right."""
     if "out" not in answer:
         return shorten(str(answer.get("error", "no output")))
     try:
@@ -672,12 +673,12 @@ def verdict(case, answer: dict) -> str:
     except judge.Wrong as reason:
         return shorten(str(reason))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        return shorten(f"the output is not what is asked for: {type(error).__name__}: {error}")
+        return shorten(f"the output does not have the right form: {type(error).__name__}: {error}")
     return ""
 
 
 def judge_code(student: Student, parts: list, seed: int) -> list[dict]:
-    """`parts` as of judge.cases_of -> name, points, score, reasons of each. The order of the cases says nothing."""
+    """`parts` from judge.cases_of -> name, points, score and reasons of each. The cases are asked in random order."""
     reasons = {}
     for part, cases in random.Random(seed).sample(parts, len(parts)):
         cases = random.Random(seed).sample(cases, len(cases))
@@ -693,7 +694,7 @@ def scored(part, count: int, reasons: list[str]) -> dict:
 
 # ========================================================================================== q6 to q8: what is handed in
 def measured(arguments: list[str], bases: Path, seconds: float) -> dict:
-    """What measure.py says, in a process of its own. None of the student's code is in it."""
+    """The result of measure.py, which runs in another process and contains none of the student's code."""
     if base.FILE.exists():
         base.unpack(bases)
     command = [sys.executable, str(HERE / "measure.py"), *arguments, "--json", "--out", str(bases)]
@@ -721,7 +722,7 @@ def read_json(submission: Path, name: str, question: str):
 
 
 def judge_q6(submission: Path, seed: int, seconds: float, bases: Path) -> list[dict]:
-    """Learned under the budget first; among those who have, the less is forgotten the better."""
+    """First, was it learned within the budget? If so, the less is forgotten the better."""
     text = json.dumps(read_json(submission, "q6.json", "q6"))
     try:
         measure.read_settings(text)
@@ -741,7 +742,7 @@ def judge_q6(submission: Path, seed: int, seconds: float, bases: Path) -> list[d
     score = score if enough else 0
     why = "" if score == 8 else f"{forgot:.3f} forgotten: {said}"
     little = one("forgets_little", 8, score, why)
-    if enough:  # the class is ranked by it
+    if enough:  # the class is ranked by this
         little["forgotten"] = forgot
     return [valid, one("learned_within_the_budget", 6, 6 * enough, "" if enough else said), little]
 
@@ -750,7 +751,7 @@ ROW = {"divergence", "teacher", "anchors", "score", "prior", "drift"}
 
 
 def judge_q7(submission: Path, seed: int, seconds: float, bases: Path) -> list[dict]:
-    """Eight runs over three factors, of which one is run again; a plot and a page, which a person reads."""
+    """Eight runs over three factors, one of which is run again; a plot and a page, which a person reads."""
     parts = []
     for name, points, check in (
         ("eight_runs_over_three_factors", 1, lambda: seven_rows(submission)),
@@ -766,24 +767,24 @@ def judge_q7(submission: Path, seed: int, seconds: float, bases: Path) -> list[d
 
 
 def seven_rows(submission: Path) -> dict:
-    """q7.json, if it is eight runs or more that differ as they should."""
+    """q7.json, if it has eight runs or more that differ as required."""
     found = read_json(submission, "q7.json", "q7")
     if not isinstance(found, dict) or not {"settings", "runs"} <= found.keys():
-        raise Refused('q7.json is {"settings": {...}, "runs": [...]}')
+        raise Refused('q7.json must be {"settings": {...}, "runs": [...]}')
     runs = found["runs"]
     for run in runs:
         if not isinstance(run, dict) or not ROW <= run.keys():
-            raise Refused(f"each of the runs has {', '.join(sorted(ROW))}")
+            raise Refused(f"each of the runs must have {', '.join(sorted(ROW))}")
         numbers = [run[name] for name in ("anchors", "score", "prior", "drift")]
         if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
-            raise Refused(f"anchors, score, prior and drift are numbers: {run}")
+            raise Refused(f"anchors, score, prior and drift must be numbers: {run}")
         if not (0 <= run["score"] <= 1 and -1 <= run["prior"] <= 1 and run["drift"] >= 0):
-            raise Refused(f"a score is from 0 to 1, prior from -1 to 1, drift not below 0: {run}")
+            raise Refused(f"score must be in [0, 1], prior in [-1, 1], drift at least 0: {run}")
         again_settings(found, run)
     different = {(run["divergence"], run["teacher"], run["anchors"]) for run in runs}
     varied = [len({row[i] for row in different}) > 1 for i in range(3)]
     if len(different) < 8 or not all(varied):
-        raise Refused(f"eight different settings or more, not {len(different)}; each factor varies")
+        raise Refused(f"{len(different)} different settings: at least 8, and each factor must vary")
     return found
 
 
@@ -805,7 +806,7 @@ def run_again(submission: Path, seed: int, seconds: float, bases: Path) -> None:
     ]
     if any(off):
         said = ", ".join(f"{k} {again[k]:.3f}" for k in ("exact", "prior", "drift"))
-        raise Refused(f"run again, {run} gives {said}")
+        raise Refused(f"{run}, when run again, gives {said}")
 
 
 def plot_and_page(submission: Path) -> None:
@@ -813,13 +814,13 @@ def plot_and_page(submission: Path) -> None:
     words = re.findall(r"\w+", handed_in(submission, "q7.md", "q7").decode("utf-8", "replace"))
     different = {word.lower() for word in words}
     if not 150 <= len(words) <= 700 or len(different) < 70:
-        raise Refused(f"q7.md has {len(words)} words, {len(different)} of them different")
+        raise Refused(f"q7.md has {len(words)} words, {len(different)} different: 150 to 600 words")
 
 
 def picture(data: bytes) -> None:
-    """A PNG that can be unpacked, of 300 pixels or more each way, and not of one colour."""
+    """Accept a PNG that can be unpacked, has 300 pixels or more each way, and is not of one colour."""
     if data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise Refused("q7.png is no PNG")
+        raise Refused("q7.png is not a PNG")
     place, packed, header = 8, b"", None
     while place + 12 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -834,7 +835,7 @@ def picture(data: bytes) -> None:
         raise Refused("q7.png is damaged")
     width, height = (int.from_bytes(header[i : i + 4], "big") for i in (0, 4))
     if not (300 <= width <= 10_000 and 300 <= height <= 10_000):
-        raise Refused(f"q7.png is {width} by {height} pixels: 300 or more each way")
+        raise Refused(f"q7.png is {width} by {height} pixels: at least 300 each way")
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(header[9], 1)
     row = 1 + (width * channels * header[8] + 7) // 8
     try:
@@ -843,18 +844,18 @@ def picture(data: bytes) -> None:
         raise Refused("q7.png is damaged") from None
     rows = {pixels[i : i + row] for i in range(0, len(pixels), row)}
     if header[12] == 0 and (len(pixels) != row * height or len(rows) < 20):
-        raise Refused("q7.png shows next to nothing")
+        raise Refused("q7.png is nearly empty")
 
 
 def judge_q8(submission: Path, seed: int, seconds: float, bases: Path) -> list[dict]:
-    """What makes a context: it is not in x, y depends on it, the teacher who sees it knows more, and the student can learn it."""
+    """Is it a context? It is not in x, y depends on it, the teacher knows more with it, and the student can learn it."""
     source, names = merged(submission, "q8")
     with Student("q8", seconds / 30) as student:
         student.load(source, names)
         drawn = fifth.draw_all(student.ask, seed)
     parts, sound = fifth.judge_form(drawn)
     if not sound:
-        failed = "the draws are not in order"
+        failed = "the draws are not valid"
         return [*parts, *(one(name, points, 0, failed) for name, points in fifth.TRAINED)]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "draws.json").write_text(json.dumps(drawn))
@@ -866,7 +867,7 @@ def judge_q8(submission: Path, seed: int, seconds: float, bases: Path) -> list[d
 def grade_question(
     submission: Path, question: str, seed: int, patience: float, bases: Path
 ) -> dict:
-    """-> one entry of Gradescope's "tests". Whatever the submission does, this returns."""
+    """-> one entry of Gradescope's "tests". Returns whatever the submission does."""
     asked, began = QUESTIONS[question], time.perf_counter()
     seconds, lines, score, ranked = asked.seconds * patience, [], 0.0, {}
     try:
@@ -887,7 +888,7 @@ def grade_question(
         score, lines = 0.0, [str(reason)]
     except Exception as error:  # a submission may be anything; the others are still to be graded
         said = f"{type(error).__name__}: {shorten(str(error))}"
-        score, lines = 0.0, [f"the grader cannot make anything of this: {said}"]
+        score, lines = 0.0, [f"the grader cannot handle this submission: {said}"]
     if asked.by_hand:
         missing = "" if (submission / WRITTEN[question]).is_file() else " It is missing."
         lines.append(
@@ -919,9 +920,9 @@ def grade(
     by_hand = ", ".join(
         f"{WRITTEN[q]} ({QUESTIONS[q].by_hand})" for q in questions if QUESTIONS[q].by_hand
     )
-    said = f"Numbers drawn with seed {seed}."
+    said = f"The cases were drawn with seed {seed}."
     if folder != submission:
-        said += f" Found in {folder.relative_to(submission)}/."
+        said += f" The files were found in {folder.relative_to(submission)}/."
     if os.geteuid():
         said += " The code ran as the grader's user: it could open nothing, but see homework.md."
     forgotten = [t["extra_data"]["forgotten"] for t in tests if "forgotten" in t["extra_data"]]
@@ -956,7 +957,7 @@ def table(results: dict) -> str:
 
 
 def unpacked(path: Path, to: Path) -> Path:
-    """A submission's folder; a zip is unpacked without leaving `to`."""
+    """A submission's folder; a zip is unpacked into `to`, and nowhere else."""
     if path.is_dir():
         return path
     with zipfile.ZipFile(path) as archive:
@@ -967,11 +968,11 @@ def unpacked(path: Path, to: Path) -> Path:
 
 
 def grade_class(folder: Path, results: Path, questions: list[str], **how) -> None:
-    """Every folder or zip below `folder` -> a JSON each, and grades.csv. What has a JSON is not graded again."""
+    """Grade every folder or zip in `folder` -> a JSON for each, and grades.csv. One that has a JSON is not graded again."""
     results.mkdir(parents=True, exist_ok=True)
     found = [p for p in sorted(folder.iterdir()) if p.is_dir() or p.suffix == ".zip"]
     if not found:
-        raise SystemExit(f"homework.py: {folder} has neither folders nor zips in it")
+        raise SystemExit(f"homework.py: {folder} contains neither folders nor zips")
     lines = [["who", *questions, "sum", "forgotten in q6"]]
     for path in found:
         kept = results / f"{path.stem}.json"
@@ -1029,12 +1030,12 @@ def pack(path: Path, bases: Path) -> None:
                 base.pack(bases, Path(folder) / "base.safetensors")
                 archive.write(f"{folder}/base.safetensors", "base.safetensors")
             except base.Missing as missing:
-                print(f"{missing}: the zip comes without, and q6 to q8 cannot be graded in time")
+                print(f"{missing}: the zip has none, and q6 to q8 cannot be graded in time")
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MB")
 
 
 def dependencies() -> str:
-    """The project's, for pip."""
+    """The project's dependencies, as arguments for pip."""
     text = (ROOT / "pyproject.toml").read_text()
     (listed,) = re.findall(r"^dependencies = \[(.*?)\]", text, re.M | re.S)
     return " ".join(f"'{need}'" for need in re.findall(r'"([^"]+)"', listed))
@@ -1050,7 +1051,7 @@ def main(argv: list[str] | None = None) -> int:
     hand_out, mark = commands.add_parser("make"), commands.add_parser("grade")
     everyone, packed = commands.add_parser("class"), commands.add_parser("zip")
     hand_out.add_argument("folder", type=Path)
-    about = "leave the solutions of these questions in"
+    about = "include the solutions of these questions"
     hand_out.add_argument("--solved", nargs="*", default=[], choices=QUESTIONS, help=about)
     mark.add_argument("submission", type=Path)
     mark.add_argument("--results", type=Path, default=Path("results.json"))
@@ -1060,10 +1061,10 @@ def main(argv: list[str] | None = None) -> int:
     for command in (mark, everyone):
         command.add_argument("--only", nargs="*", default=list(QUESTIONS), choices=QUESTIONS)
         command.add_argument("--seed", type=int, help="draw the same numbers again")
-        about = "multiplies the time limits, for a slow machine"
+        about = "multiply the time limits, for a slow machine"
         command.add_argument("--patience", type=float, default=1.0, help=about)
     for command in (hand_out, mark, everyone, packed):
-        about = "where the pretrained base is [out/]; made there if it is missing"
+        about = "the folder of the pretrained base [out/]; it is made there if it is missing"
         command.add_argument("--bases", type=Path, default=ROOT / "out", help=about)
     args = parser.parse_args(argv)
     if args.command == "make":

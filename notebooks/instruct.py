@@ -1,11 +1,11 @@
-"""Instruction tuning: SFT's two masks, the family of tasks never seen, and the angle of two gradients.
+"""Instruction tuning: SFT with two attention masks, and the angle between two gradients.
 
     a decoder        position t sees s <= t
     a prefix-LM      the same, and every position of the prompt sees the whole prompt (the lecture's
                      "teacher forcing: SFT with prefix LM")
 
-Training needs only another mask. Decoding cannot keep keys and values of a mask like this in the
-cache of model.py, so `prefix_greedy` reads everything again for each token.
+Training needs only another mask. The cache of model.py cannot be used for decoding under such a
+mask, so `prefix_greedy` reads everything again for each token.
 
 Dimension key
   B rows   T tokens read (prompt and answer), padded   D width   V vocabulary
@@ -19,7 +19,7 @@ from model import GPT, KVCache, attend, pad_right
 
 
 class PrefixMask(KVCache):
-    """Stands where a cache stands and keeps nothing: attention that reads the prompt both ways.
+    """Takes the place of a cache but stores nothing: attention in both directions in the prompt.
 
     visible[b, t, s]: may position t see s? s <= t (a decoder), or s in the prompt (a prefix-LM)."""
 
@@ -34,7 +34,7 @@ class PrefixMask(KVCache):
 
 
 def prefix_states(model: GPT, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-    """States (B, T, D) of prompt and answer side by side, the prompts read in both directions."""
+    """States (B, T, D) of prompts, each followed by its answer; prompts are read in both directions."""
     tokens = pad_right([x + y for x, y in zip(prompts, answers)])  # (B, T)
     lengths = torch.tensor([len(x) for x in prompts])
     return model.hidden(tokens, PrefixMask(model.config, lengths, tokens.shape[1]))
@@ -51,7 +51,7 @@ def prefix_loss(model: GPT, prompts: list[list[int]], answers: list[list[int]]) 
 
 @torch.no_grad()
 def prefix_greedy(model: GPT, prompts: list[list[int]], max_new: int, ends: set) -> list[list[int]]:
-    """Greedy answers; everything is read again for each token, since no cache fits this mask."""
+    """Greedy answers; everything is read again for each token, because no cache fits this mask."""
     answers = [[] for _ in prompts]
     for _ in range(max_new):
         states = prefix_states(model, prompts, answers)
@@ -64,13 +64,13 @@ def prefix_greedy(model: GPT, prompts: list[list[int]], max_new: int, ends: set)
 
 
 def gradient(model: nn.Module, loss: Tensor) -> Tensor:
-    """∇loss, all parameters in one vector."""
+    """∇loss with respect to all parameters, as one vector."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 def cosine(v: Tensor, w: Tensor) -> Tensor:
-    """v·w / (|v| |w|), within [−1, 1]; 1 exactly where v is a positive multiple of w.
+    """v·w / (|v| |w|), in [−1, 1]; it is 1 exactly if v is a positive multiple of w.
 
-    GEM (arXiv:1706.08840) asks it of two gradients: where the new task's and the old skills' have a
-    negative cosine, a small step on the first raises the loss of the second."""
+    GEM (arXiv:1706.08840) uses it for two gradients: if those of the new task and of the old skills
+    have a negative cosine, a small step on the new task raises the loss of the old skills."""
     return v @ w / (v.norm() * w.norm())

@@ -5,9 +5,9 @@
         --context-file C.txt --prompts PROMPTS.jsonl --out OUT
 
 The flags are those of train.py, and the files are read by the same code, so that student and teacher read the same
-chats and step s has the same prompts. What the trainer of TRL does is its own: it samples with its own random numbers,
-has no anchors, no pre-flight and no evaluation, and takes the mean over all tokens of a device's batch. Its one knob
-for the divergence (`distillation_alpha`) is forward KL at 0, JSD at one half and reverse KL at 1.
+chats and step s has the same prompts. The rest is TRL's: its trainer samples with its own random numbers, has no
+anchors, no pre-flight and no evaluation, and averages over all tokens of a device's batch. Its parameter for the
+divergence, `distillation_alpha`, means forward KL at 0, JSD at one half and reverse KL at 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOT_THERE = "anchors anchor_file top_k micro_batch chunk lora compile eval_every
 
 
 def chats(example: Example) -> dict:
-    """The student's chat and the teacher's, as turns: a system turn of the prompt's joins that of the context."""
+    """The student's and the teacher's chat, as turns; the prompt's own system turn is joined to the context's."""
     prompt = as_turns("user", example.prompt)
     asked = prompt if example.asked is None else example.asked
     system, turns = split_system((example.context or []) + asked)
@@ -53,16 +53,16 @@ def read(cfg: Config) -> list[dict]:
 
 
 def check(cfg: Config, devices: int) -> None:
-    """What this script cannot do is refused, not ignored."""
+    """Refuse what this script cannot do, instead of ignoring it."""
     if cfg.method not in ("cosd", "offline") or cfg.divergence not in ALPHA:
-        raise BadInput(f"--method cosd or offline, and --divergence {', '.join(ALPHA)}")
+        raise BadInput(f"choose --method cosd or offline, and --divergence {', '.join(ALPHA)}")
     default = Config()
     ignored = [name for name in NOT_THERE if getattr(cfg, name) != getattr(default, name)]
     ignored = [spelled(name) for name in ignored if not (name == "chunk" and cfg.chunk == 32)]
     if ignored:
-        raise BadInput(f"{' '.join(ignored)}: not on several GPUs")
+        raise BadInput(f"{' '.join(ignored)}: not available on several GPUs")
     if cfg.batch % devices:
-        raise BadInput(f"--batch {cfg.batch} is no multiple of {devices} processes")
+        raise BadInput(f"--batch {cfg.batch} must be a multiple of {devices} processes")
 
 
 def run(cfg: Config) -> Path:
@@ -72,7 +72,7 @@ def run(cfg: Config) -> Path:
     from trl.experimental.sdft.sdft_trainer import DemonstrationTeacherContextBuilder
 
     class WholeChat(DemonstrationTeacherContextBuilder):
-        """The teacher reads the chat of the data set as it is, instead of a text in the user's turn."""
+        """The teacher reads the data set's chat unchanged, instead of a text in the user's turn."""
 
         def _compose_teacher_prompt(self, prompt, privileged_context):
             return privileged_context
@@ -82,7 +82,7 @@ def run(cfg: Config) -> Path:
     rows, out = read(cfg), Path(cfg.out) / "many-gpus"
     tokenizer = AutoTokenizer.from_pretrained(cfg.model, padding_side="left")
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # what stands in padding, nobody reads
+        tokenizer.pad_token = tokenizer.eos_token  # any token will do: padding is masked
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
     args = SDFTConfig(
         output_dir=str(out),

@@ -1,11 +1,11 @@
-"""What questions 6, 7 and 8 of the homework measure, on the code beside it.
+"""Measure what questions 6, 7 and 8 of the homework ask for, with your own code.
 
     python notebooks/measure.py q6.json --seeds 3                             q6: settings, or a file that holds them
-    python notebooks/measure.py '{"anchors": 0.5}' --as-trained               q7: one run, as `train` gives it
+    python notebooks/measure.py '{"anchors": 0.5}' --as-trained               q7: one run, exactly as `train` makes it
     python notebooks/measure.py q8.py                                         q8: teacher and student, before and after
 
-Type A, from the base of seed 0. q6 draws prompts, held-out words and probes of its own, other ones for every seed; its tokens
-are those of the answers that were learned from. Where there is no base in out/ it is pretrained, 14 minutes.
+Everything starts from the base of seed 0; q6 and q7 are type A. q6 draws prompts, held-out words and probes anew for every
+seed, and counts the tokens of the answers that were learned from. Without a base in out/ one is pretrained first (14 minutes).
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ FORGETTING = ((0.01, 8), (0.03, 6), (0.06, 4), (0.12, 2))  # at most so much -> 
 
 
 def read_settings(text: str, also: tuple[str, ...] = ()) -> train.Config:
-    """What a student chose, as a Config; ValueError says what is wrong with it."""
+    """A student's settings as a Config; ValueError says what is wrong with them."""
     chosen, allowed = json.loads(text), [*FIELDS, *also]
     if not isinstance(chosen, dict) or not chosen.keys() <= set(allowed):
-        raise ValueError(f"settings are an object with fields among {', '.join(allowed)}")
+        raise ValueError(f"settings must be an object with fields among {', '.join(allowed)}")
     for name, most in LARGEST.items():
         if not 1 <= chosen.get(name, 1) <= most:
-            raise ValueError(f"{name} is from 1 to {most}")
-    for name in ("lr", "temperature", "ema_rate", "anchors"):  # JSON writes 1.0 as 1, too
+            raise ValueError(f"{name} must be from 1 to {most}")
+    for name in ("lr", "temperature", "ema_rate", "anchors"):  # JSON may write 1.0 as 1
         if isinstance(chosen.get(name), int):
             chosen[name] = float(chosen[name])
     chosen = {"method": "cosd"} | chosen
     if chosen["method"] not in ("cosd", "sft", "offline", "gkd"):
-        raise ValueError("method is one of cosd, sft, offline, gkd")
+        raise ValueError("method must be one of cosd, sft, offline, gkd")
     cfg = train.Config(context="demonstrations", device="cpu", **chosen)
     return cfg.resolved(cfg.method)
 
@@ -84,7 +84,7 @@ def learned(cfg: train.Config, task_seed: int, bases: str) -> dict[str, float]:
 
 
 def fresh(cfg: train.Config, seed: int, bases: str) -> dict[str, float]:
-    """`learned`, on prompts, held-out words and probes that belong to this seed alone."""
+    """`learned`, with prompts, held-out words and probes drawn for this seed alone."""
     heldout = random.Random(f"{seed}/held out").getrandbits(30)
     return learned(replace(cfg, seed=1000 + seed), heldout, bases)
 
@@ -94,7 +94,7 @@ MORE_STEPS = 250  # of pretraining, in which half the examples are of the fifth 
 
 
 def read_more(base, kind: Kind, mixed: list[Example]) -> None:
-    """Go on pretraining, so that the base knows the fifth kind: with C, and as often as `drop` says without."""
+    """Continue pretraining, so that the base knows the fifth kind: with C, and without it as often as `drop` says."""
     optimizer = torch.optim.AdamW(base.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(MORE_STEPS):
         for group in optimizer.param_groups:
@@ -115,7 +115,7 @@ def read_more(base, kind: Kind, mixed: list[Example]) -> None:
 
 
 def exact(model, examples: list[Example], with_context: bool) -> float:
-    """Share of the answers that are exactly right, greedily."""
+    """Share of greedy answers that are exactly right."""
     prompts = [render(e.context if with_context else None, e.prompt) for e in examples]
     ids, mask = model.generate(prompts, 32, temperature=0, eos={END})
     said = [contexts.answer_text(contexts.WORLD_CHAT, row[m].tolist()) for row, m in zip(ids, mask)]
@@ -123,7 +123,7 @@ def exact(model, examples: list[Example], with_context: bool) -> float:
 
 
 def fifth(drawn: dict[str, list[Example]], kind: Kind, bases: str) -> dict[str, float]:
-    """Exact match on held-out prompts under the one C of `task`: of teacher and student, and of the student when it has learned."""
+    """Exact match on held-out prompts under the C of `task`: of the teacher, and of the student before and after training."""
     cfg = train.Config(method="cosd", device="cpu", steps=80, batch=32).resolved("cosd")
     base, _ = train.get_base(cfg, bases)
     read_more(base, kind, drawn["mixed"])
@@ -142,7 +142,7 @@ def fifth(drawn: dict[str, list[Example]], kind: Kind, bases: str) -> dict[str, 
 
 
 def draw_here(path: str) -> tuple[dict, Kind]:
-    """The draws of one's own q8.py."""
+    """Draws of your own q8.py."""
     kind, drawn = runpy.run_path(path)["KIND"], {}
     for name, count, heldout, task in (
         ("mixed", 3000, None, {}),
@@ -155,7 +155,7 @@ def draw_here(path: str) -> tuple[dict, Kind]:
 
 
 def draws_from(path: str) -> tuple[dict, Kind]:
-    """What the grader has drawn: plain data."""
+    """The grader's draws, which are plain data."""
     found = json.loads(Path(path).read_text())
     record, drawn = found["mixed"]["out"]["kind"], {}
     for name in ("mixed", "train", "heldout"):
@@ -170,9 +170,11 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="settings as JSON or in a .json file, or a q8.py")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--as-trained", action="store_true", help="seed 0 and its task, as train")
-    parser.add_argument("--fifth", help="draws of a fifth kind, by the grader")
-    parser.add_argument("--json", action="store_true", help="a line of JSON at the end")
+    parser.add_argument("--as-trained", action="store_true", help="seed 0 and its task, as `train`")
+    parser.add_argument("--fifth", help="for the grader: a file with its draws of a fifth kind")
+    parser.add_argument(
+        "--json", action="store_true", help="also print the means as a line of JSON"
+    )
     parser.add_argument("--out", default=str(ROOT / "out"), help="where the base is")
     args = parser.parse_args()
     if args.fifth or args.what[0].endswith(".py"):

@@ -1,4 +1,4 @@
-"""The perplexity of a plain text under one model or more: what a compiled context should not change.
+"""The perplexity of a plain text under one or more models; a compiled context should not change it.
 
     python notebooks/perplexity.py notebooks/data/plain.txt out/SmolLM2-135M-Instruct out/RUN/export
 
@@ -20,7 +20,7 @@ from model import GPT
 
 
 def read_paragraphs(path: str, model: str, most: int) -> list[list[int]]:
-    """The paragraphs of a text as a model's tokens, at most so many of each; those of a single token left out."""
+    """The paragraphs of a text as the model's tokens, at most `most` of each; single tokens are left out."""
     from transformers import AutoTokenizer
 
     with reading(f"{model}: its tokenizer"):
@@ -35,7 +35,7 @@ def read_paragraphs(path: str, model: str, most: int) -> list[list[int]]:
 
 @torch.no_grad()
 def perplexity(model: GPT, rows: list[list[int]]) -> float:
-    """exp of the mean −log p of all tokens but the first of each text, which nothing predicts."""
+    """exp of the mean −log p over all tokens except the first of each paragraph, which is not predicted."""
     nats = []
     for row in rows:
         ids = torch.tensor([row], device=model.device)  # (1, T)

@@ -1,13 +1,13 @@
-"""Does it fit, and how long does it take? Memory from shapes alone, time from one step that is measured here.
+"""Does a run fit into memory, and how long does it take?
 
     python notebooks/plan.py --model FOLDER --context instructions --context-file FILE --prompts FILE
-    python notebooks/plan.py --card 24 ...          on a card of 24 GB; if not, which flags to turn
-    python notebooks/plan.py --table                known models, four ways, and the card each needs
+    python notebooks/plan.py --card 24 ...          does it fit a card of 24 GB; if not, which flags help
+    python notebooks/plan.py --table                known models, four ways to train, and the card each needs
 
-All flags are those of train.py. It reads the files, counts tokens, and computes the memory from shapes
-alone; on the CPU the peak is within a quarter of what is measured (tests/test_plan.py). Then it loads the
-model and makes two steps, which are thrown away: the second one is timed. With --card the plan is for another
-machine: no weight is loaded, no step is made, and --dtype auto is bf16, as on a card that has it.
+All other flags are those of train.py. The script reads the files, counts tokens, and computes the memory from
+shapes alone; on the CPU the estimated peak is within a quarter of the measured one (tests/test_plan.py). Then it
+loads the model and makes two steps, whose result is thrown away; it times the second one. With --card the plan is
+for another machine: no weights are loaded, no step is made, and --dtype auto is bf16.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from train import METHODS, Config, comparison, parse, spelled
 PARTS = (
     "weights teacher base gradients optimizer activations logits scoring casts generation".split()
 )
-SPARE = 1.0  # GB for the program itself (CUDA's kernels, fragments); beside it a tenth of the peak
-# What to turn when it does not fit, the harmless first: up to micro_batch no result changes.
+SPARE = 1.0  # GB for the program itself (CUDA's kernels, fragments); a tenth of the peak is added
+# Flags to change if it does not fit, harmless ones first: up to micro_batch the result is the same.
 ADVICE = [
     {"chunk": 32},
     {"checkpointing": True},
@@ -64,14 +64,14 @@ def plan(
     common: int = 0,
     shared: int = 0,
 ) -> dict[str, float]:
-    """What a step holds, in bytes by part, and the peak. `cfg` is resolved; `dtype` is autocast's.
+    """The memory of a step in bytes, by part, and its peak. `cfg` is resolved; `dtype` is autocast's.
 
-    `prompt`, `teacher_prompt`: the longest, in tokens, without what is read once for all rows:
-    `common` of the student's, `shared` of the teacher's.
+    `prompt`, `teacher_prompt`: lengths of the longest prompts in tokens, without the beginning that
+    is read once for all rows: `common` tokens of the student's, `shared` of the teacher's.
 
-    Activations are what autograd keeps of the student's pass. At the peak they stand beside weights,
-    teacher and moments, with the teacher's pass or the logits (start of the backward pass), or are
-    replaced by the gradients (its end)."""
+    Activations are what autograd keeps of the student's pass. The peak is the sum of weights, teacher,
+    moments and either the activations with the teacher's pass or the logits (when the backward pass
+    starts), or the gradients (when it ends)."""
     D, E, H, K, F = c.d_model, c.head_dim, c.n_head, c.n_kv_head, c.d_ff
     N, V, new = c.n_layer, c.vocab_size, cfg.max_new_tokens
     shapes = matrices(c).values()
@@ -84,17 +84,17 @@ def plan(
     largest = max(cfg.batch - cfg.n_anchors, cfg.n_anchors)  # the task's rows, or the anchors
     rows = min(cfg.micro_batch or largest, largest)
     tokens, scored = common + rows * (prompt + new), rows * new
-    # One block, bytes per token: fp32 norms and residuals; what the matrix products read; q, and
-    # what attention puts out, twice; keys and values; the MLP.
+    # One block, in bytes per token: fp32 norms and residuals; the inputs of the matrix products; q,
+    # and twice the output of attention; keys and values; the MLP.
     norms, inputs = 4 * 4 * D, low * 2 * D
     attention, mlp = low * 3 * H * E, low * F * (4 if c.mlp == "swiglu" else 2)
     block = tokens * (norms + inputs + attention + mlp)
-    if common:  # with gradient every row has a copy of the common beginning's keys and values
+    if common:  # with gradient, every row has a copy of the common beginning's keys and values
         block += (tokens + rows * (common + prompt + new)) * 2 * K * E * low
-    else:  # one for every query head, so that no kernel keeps scores
+    else:  # keys and values are repeated for every query head, so that no kernel keeps scores
         block += tokens * 2 * H * E * low
 
-    # Without gradient one block's temporaries remain: the scores over all slots, and the MLP.
+    # Without gradient only one block's temporaries exist: the scores over all slots, and the MLP.
     def reading_once(rows: int, own: int, before: int) -> int:
         scores = 3 * low * H * (before + own) if before else 0
         return rows * own * (4 * 4 * D + 3 * low * F + scores)
@@ -112,7 +112,7 @@ def plan(
         "scoring": reading_once(rows, teacher_prompt + new, shared),
         # autocast's copies of the fp32 weights; the head stays in fp32
         "casts": 0 if adapters else mixed * low * in_blocks,
-        # for decoding, adapters are folded into matrices of their own, unless memory matters more
+        # for decoding, adapters are merged into new matrices, unless --checkpointing saves memory
         "generation": cache
         + reading_once(generating, teacher_prompt, shared)
         + (low * in_blocks if adapters and not cfg.checkpointing else 0),
@@ -129,7 +129,7 @@ def plan(
 
 
 def lengths(task: Task) -> dict[str, int]:
-    """Of held-out prompts and some 500 to train on: the longest, and what all of them begin with."""
+    """Of the held-out prompts and 500 training prompts: the longest, and the length of their common beginning."""
     examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
     examples += [e for suite in task.probes.values() for e in suite]
     students = [student_prompt(task.chat, e) for e in examples]
@@ -144,7 +144,7 @@ def lengths(task: Task) -> dict[str, int]:
 
 
 def with_experts(cfg: Config, task: Task) -> Config:
-    """Where an expert writes, the longest of its answers is what counts."""
+    """If an expert writes, its longest answer counts."""
     if "expert" not in METHODS[cfg.method].writer:
         return cfg
     examples = task.heldout + [task.draw(seeded("plan", i)) for i in range(500)]
@@ -161,13 +161,13 @@ def fits(peak: float, card: float) -> bool:
 
 
 def advice(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: float) -> str:
-    """The flags that make it fit, tried one after the other; those that do not help are left out."""
+    """The flags that make it fit, added one after the other; those that do not help are left out."""
     peak, said = gigabytes(cfg, c, dtype, counted), {}
     for change in ADVICE:
         ((name, value),) = change.items()
         changed = replace(cfg, **change)
         if name != "checkpointing" and 0 < getattr(cfg, name) <= value:
-            continue  # it is set as low already
+            continue  # it is already as low
         lower = gigabytes(changed, c, dtype, counted)
         if lower > 0.99 * peak:
             continue
@@ -175,8 +175,8 @@ def advice(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: f
         if fits(peak, card):
             flags = " ".join(spelled(name) + value for name, value in said.items())
             return f"It does not fit {card:g} GB. With {flags} it does: peak {peak:.2f} GB."
-    least = f"peak {peak:.2f} GB, and a tenth and {SPARE:g} GB to spare"
-    return f"It does not fit {card:g} GB, whatever is turned ({least}): take a smaller model."
+    least = f"peak {peak:.2f} GB, plus a tenth and {SPARE:g} GB in reserve"
+    return f"It does not fit {card:g} GB with any of the flags ({least}): take a smaller model."
 
 
 def show(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: float | None) -> str:
@@ -189,19 +189,19 @@ def show(cfg: Config, c: GPTConfig, dtype: torch.dtype, counted: dict, card: flo
         f"trained; {cfg.steps} steps of {cfg.batch} prompts, autocast {str(dtype)[6:]}",
         f"tokens: prompt {prompt} ({counted['common']} common to all, read once), with context "
         f"{in_context + counted['shared']} ({counted['shared']} read once), answer "
-        f"{cfg.max_new_tokens}; the student's pass has at most {p['tokens a step']} a step",
+        f"{cfg.max_new_tokens}; the student reads at most {p['tokens a step']} per step",
         f"memory, estimated, GB: {sizes}",
-        f"peak {p['peak'] / 1e9:.2f} GB, and the program itself",
+        f"peak {p['peak'] / 1e9:.2f} GB, without the program itself",
     ]
     if card and fits(p["peak"] / 1e9, card):
-        lines.append(f"It fits {card:g} GB (a tenth and {SPARE:g} GB are kept spare).")
+        lines.append(f"It fits {card:g} GB (with a tenth and {SPARE:g} GB in reserve).")
     elif card:
         lines.append(advice(cfg, c, dtype, counted, card))
     return "\n".join(lines)
 
 
 def one_step(run: train.Run, step: int) -> float:
-    """Seconds of a step as `train.fit` makes it, without its log."""
+    """Seconds for a step as in `train.fit`, without logging."""
     began = time.perf_counter()
     with run.autocast():
         parts = [train.task_rows(run, step)]
@@ -216,12 +216,12 @@ def one_step(run: train.Run, step: int) -> float:
     run.scaler.update()
     run.optimizer.zero_grad()
     run.teacher.update(run.student)
-    loss.item()  # a device may still be at it
+    loss.item()  # waits until the device has finished
     return time.perf_counter() - began
 
 
 def duration(cfg: Config, task: Task) -> str:
-    """What two steps and a batch of answers took here, and what that makes for the whole run."""
+    """The time of a step and of an answer on this machine, and an estimate for the whole run."""
     with reading(f"--model {cfg.model}"):
         student = GPT.from_pretrained(cfg.model).to(resolve_device(cfg.device, cfg.dtype)[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -232,12 +232,12 @@ def duration(cfg: Config, task: Task) -> str:
         with run.autocast():
             train.write(run, student, some, 0)
         answer = (time.perf_counter() - began) / len(some)
-    # Answers that are measured: 5 a held-out prompt before the first step, 3 after the last; 2 each of the suites'.
+    # Answers in evaluation: per held-out prompt 5 before the first step and 3 after the last; per probe 2 each time.
     suites = sum(len(suite) for suite in task.probes.values())
     measuring = answer * (8 * len(task.heldout) + 4 * suites)
     whole = cfg.steps * seconds + measuring
     return (
-        f"time, measured here: {seconds:.1f} s a step, {cfg.steps} of them {clock(cfg.steps * seconds)}; evaluation "
+        f"time, measured here: {seconds:.1f} s per step, {clock(cfg.steps * seconds)} for {cfg.steps} steps; evaluation "
         f"before and after about {clock(measuring)}; together about {clock(whole)} for each of --seeds {cfg.seeds}"
     )
 
@@ -249,22 +249,22 @@ def clock(seconds: float) -> str:
 
 
 def rates(cfg: Config) -> str:
-    """Where to look for a learning rate. SDFT takes 2e-5 (all weights), Thinking Machines 1e-4 (LoRA); the real models of
-    this project learned at 5e-5 and 5e-4, a small one not at 1e-5."""
+    """Which learning rates to try. SDFT uses 2e-5 (all weights), Thinking Machines 1e-4 (LoRA); the real models of
+    this project learned at 5e-5 and 5e-4; a small one did not learn at 1e-5."""
     low, high = (2e-4, 1e-3) if cfg.lora else (2e-5, 1e-4)
-    where = "" if low <= cfg.lr <= high else ", which is outside"
-    return f"--lr {cfg.lr:g}{where}: {low:g} to {high:g} is where to look, the larger the smaller the model"
+    where = "" if low <= cfg.lr <= high else ", which is unusual"
+    return f"--lr {cfg.lr:g}{where}: try {low:g} to {high:g}, higher for smaller models"
 
 
 def solved_before(cfg: Config, task: Task) -> str:
-    """Held-out prompts among the solved problems of the context: the teacher has read their solutions."""
+    """How many held-out prompts are solved in the context, where the teacher reads their solutions."""
     if not (cfg.context_file or "").endswith(".jsonl"):
         return ""
     solved = {str(row["prompt"]) for row in contexts.read_prompts(cfg.context_file)}
     count = sum(str(e.prompt) in solved for e in task.heldout)
     if not count:
         return ""
-    return f"{count} held-out prompts are solved in {cfg.context_file}: their scores say nothing about new ones"
+    return f"{count} held-out prompts are solved in {cfg.context_file}: their scores say nothing about new problems"
 
 
 FAMILIES = {  # layers, width, heads, key heads, head width, MLP, vocabulary, tied, biases
@@ -315,7 +315,7 @@ def table() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--card", type=float, help="its memory in GB")
+    own.add_argument("--card", type=float, help="the card's memory in GB")
     own.add_argument("--table", action="store_true")
     given, rest = own.parse_known_args(argv)
     if given.table:

@@ -1,11 +1,11 @@
-"""The rule behind the built-in world's learning rates.
+"""How the built-in world's learning rates were chosen.
 
-    python notebooks/rates.py                       out/rates; some twenty minutes on two cores
-    python notebooks/rates.py --smoke               seconds: that it runs; its numbers mean nothing
+    python notebooks/rates.py                       writes out/rates; some twenty minutes on two cores
+    python notebooks/rates.py --smoke               a test in seconds, whose numbers mean nothing
 
-Every method at every rate on the four kinds, one seed, no anchors. The default of a method is the
-smallest rate at which every kind reaches .95 of the score that its teacher has in context: one rule for
-all methods, so that no method is tuned more than another. What was run is kept and not run again.
+Every method is run at every rate on the four kinds, with one seed and no anchors. The default of a
+method is the smallest rate at which every kind reaches .95 of its teacher's score in context. The rule
+is the same for all methods, so that none is tuned more than another. Complete runs are not repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def reached(result: dict) -> float:
 
 
 def smallest(shares: dict[float, dict[str, float]]) -> float | None:
-    """The smallest rate at which every kind reaches enough; shares[rate][kind]."""
+    """The smallest rate at which every kind reaches ENOUGH; shares[rate][kind]."""
     for rate in sorted(shares):
         if min(shares[rate].values()) >= ENOUGH:
             return rate
@@ -40,8 +40,8 @@ def smallest(shares: dict[float, dict[str, float]]) -> float | None:
 
 
 def run(out: str, seed: int, preset: dict) -> dict[str, dict[float, dict[str, float]]]:
-    """shares[method][rate][kind]; each line is printed as it comes. As train.train does it, less
-    the report, which would be made eight times."""
+    """-> shares[method][rate][kind], each also printed at once. Like train.train, but without its
+    report, which would be made for every run."""
     shares: dict = {method: {rate: {} for rate in RATES} for method in COMPARED}
     start = train.Config(**preset, seed=seed, anchors=0.0, out=out, resume=True)
     base, name = train.get_base(start, out)
@@ -57,7 +57,7 @@ def run(out: str, seed: int, preset: dict) -> dict[str, dict[float, dict[str, fl
 
 
 def table(shares: dict) -> str:
-    """Markdown: after / teacher, a row a method and rate."""
+    """Markdown: score after training / teacher's score, a row per method and rate."""
     lines = ["| method | rate | " + " | ".join(KINDS) + " |", "|---|---|" + "---|" * len(KINDS)]
     for method, by_rate in shares.items():
         for rate, row in by_rate.items():
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         shares = run(out, given.seed, preset)
     except KeyboardInterrupt as stopped:
-        print(f"\nrates.py: {stopped}: go on with the same command", file=sys.stderr)
+        print(f"\nrates.py: {stopped}: continue with the same command", file=sys.stderr)
         return 130
     except (BadInput, OSError, FloatingPointError) as error:
         print(f"rates.py: error: {error}", file=sys.stderr)

@@ -2,20 +2,20 @@
 
     preferences  ->  reward model r(x, y)  ->  best-of-N | RAFT | RL with a KL to a reference
 
-One objective joins the lecture and the post. With a reference policy p_ref it is
+One objective connects the lecture and the post. With a reference policy p_ref it is
 
     J(π) = E_{y ~ π(·|x)} [r(x, y)] − β KL(π(·|x) ‖ p_ref)
 
-    p_ref = the policy as it was, r a learned reward       RLHF (the lecture's step 3)
+    p_ref = the initial policy, r a learned reward         RLHF (the lecture's step 3)
     p_ref = the same model shown C, r = 0                  COSD as one KL between whole answers
     p_ref = the same model shown C, r a reward             OPSD of PID (arXiv:2602.04942)
 
 Its maximum is known in closed form (`tilted`), so every estimate below can be checked by enumeration
 (tests/test_rlhf.py). Rewards and KLs are in nats per answer, summed over its tokens, not averaged.
-Left out of PPO: the critic, GAE, and the entropy bonus; the baseline is the group's own.
+Left out of PPO: the critic, GAE and the entropy bonus; the baseline comes from the group of answers.
 
 Dimension key
-  P prompts   G answers per prompt   B = P·G answers, those of a prompt side by side
+  P prompts   G answers per prompt   B = P·G answers, grouped by prompt
   N tokens per answer, padded   n answer tokens of all rows   T tokens read   D width   V vocabulary
 """
 
@@ -40,11 +40,11 @@ from model import GPT, pad_right
 
 # ==================================================================== 1. preferences, reward model
 def bradley_terry(r_w: Tensor, r_l: Tensor) -> Tensor:
-    """−log σ(r_w − r_l), (...) -> (...): the preferred answer's reward against the other's.
+    """−log σ(r_w − r_l), (...) -> (...), from the rewards of the preferred answer and of the other.
 
-    e^r_w / (e^r_w + e^r_l) = σ(r_w − r_l) is the pair's probability under Bradley and Terry's model
-    (1952). Only the difference counts: any function of x alone may be added to r, so the level of a
-    reward is not identified. Gradient to both."""
+    e^r_w / (e^r_w + e^r_l) = σ(r_w − r_l) is the probability of this preference under Bradley and
+    Terry's model (1952). Only the difference counts: any function of x alone may be added to r, so
+    the level of a reward is not identified. Gradient to both."""
     return -F.logsigmoid(r_w - r_l)
 
 
@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.body = copy.deepcopy(policy)
         self.value = nn.Linear(policy.config.d_model, 1, bias=False)  # a level is not identified
-        nn.init.zeros_(self.value.weight)  # at first every answer is as good as any other
+        nn.init.zeros_(self.value.weight)  # at first all answers have the same reward
         self.value.to(policy.embed.weight)
 
     def forward(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
@@ -67,8 +67,8 @@ class RewardModel(nn.Module):
 
 
 def fit_reward_model(model: RewardModel, pairs, steps, lr=3e-4, batch=32, seed=0):
-    """Maximum likelihood on pairs (x, preferred y, other y), each a list of tokens. Yields the mean
-    loss of every step, in nats per pair."""
+    """Maximum likelihood on triples (x, preferred y, other y), each a list of tokens. Yields the
+    mean loss of every step, in nats per pair."""
     optimizer = adam(model, lr)
     for step in range(steps):
         chosen = seeded(seed, "pairs", step).choices(pairs, k=batch)
@@ -105,7 +105,7 @@ def answer_logits(model: GPT, prompts: list[list[int]], ids: Tensor, mask: Tenso
 
 
 def chosen_logp(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Log-probability of every token of the answers, 0 behind their end -> (B, N)."""
+    """Log-probability of every token of the answers, 0 after their end -> (B, N)."""
     logp = logits.log_softmax(-1).gather(-1, ids[mask][:, None])[:, 0]  # (n,)
     return on_grid(logp, mask)
 
@@ -116,10 +116,10 @@ def on_grid(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def returns_to_go(r: Tensor, log_ratio: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """The answer's reward spread over its tokens: what is still to come at each of them.
+    """The return of each token: the rewards from this token on, with the KL in the reward -> (B, N).
 
-    A token earns −β (log π − log ref), k1 of that token; the last one r as well. Their sum from token
-    t on is t's return -> (B, N). KL in the reward: E[Σ_t return_t ∇log π_t] is exactly the gradient of
+    Each token earns −β (log π − log ref), which is −β k1, and the last one also earns r. Token t's
+    return is the sum from t on. E[Σ_t return_t ∇log π_t] is exactly the gradient of
     E[r] − β KL(π‖ref). No gradient flows through r or the ratio."""
     earned = -beta * log_ratio.detach() * mask  # (B, N)
     to_go = earned.flip(1).cumsum(1).flip(1) + r[:, None]
@@ -129,16 +129,16 @@ def returns_to_go(r: Tensor, log_ratio: Tensor, mask: Tensor, beta: float) -> Te
 def leave_one_out(total: Tensor) -> Tensor:
     """The mean of the *other* answers to the same prompt, (P, G) -> (P, G): RLOO's baseline
     (arXiv:2402.14740). It does not depend on the answer itself, so the gradient stays unbiased; the
-    mean of all G would leave exactly (G−1)/G of it."""
+    mean of all G answers would scale the expected gradient by exactly (G−1)/G."""
     return (total.sum(1, keepdim=True) - total) / (total.shape[1] - 1)
 
 
 def advantages(returns: Tensor, group: int, name: str) -> Tensor:
     """Returns to go (B, N) -> advantages (B, N).
 
-    rloo   returns less the mean of the other answers' totals: unbiased
-    grpo   (total − mean) / standard deviation of the group, the same on every token
-           (arXiv:2402.03300): easy and hard prompts weigh alike, another objective's gradient"""
+    rloo   returns minus the mean of the other answers' totals: unbiased
+    grpo   (total − mean) / standard deviation of the group, the same at every token
+           (arXiv:2402.03300): easy and hard prompts count alike, which is another objective"""
     total = returns[:, 0].reshape(-1, group)  # (P, G): all that an answer earns
     if name == "rloo":
         return returns - leave_one_out(total).reshape(-1, 1)
@@ -154,8 +154,8 @@ def policy_loss(
     """−mean over answers of Σ_t min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t), ρ = π/π_old (PPO, Eq. 7,
     arXiv:1707.06347) -> ().
 
-    old_logp is of the policy that sampled. In the first update ρ = 1, the clip is inactive and the
-    gradient is that of REINFORCE, A ∇log π. Gradient to logp only."""
+    old_logp belongs to the policy that sampled. In the first update ρ = 1, so the clip is inactive
+    and the gradient is that of REINFORCE, A ∇log π. Gradient to logp only."""
     ratio = (logp - old_logp.detach()).exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -(gain * mask).sum(1).mean()
@@ -164,13 +164,13 @@ def policy_loss(
 def kl_in_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     """Σ_t KL(π_t‖ref_t) along sampled answers, exact at every token, mean over answers -> ().
 
-    Its value estimates the sequence KL without bias. Its gradient does not: it leaves out that
-    tokens also decide which later positions are reached. `reached` is the missing term."""
+    Its value is an unbiased estimate of the sequence KL. Its gradient is not: it ignores that each
+    token also decides which later positions are reached. `reached` is the missing term."""
     return on_grid(reverse_kl(logits, ref_logits), mask).sum(1).mean()
 
 
 def reached(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Surrogate of Σ_t KL_t ∇log π(y_<t) -> (): with `kl_in_loss` the whole sequence KL's gradient."""
+    """Surrogate of Σ_t KL_t ∇log π(y_<t) -> (). With `kl_in_loss` it gives the gradient of the sequence KL."""
     kl_t = on_grid(reverse_kl(logits, ref_logits), mask).detach()  # (B, N)
     logp = chosen_logp(logits, ids, mask)
     return (kl_t * (logp.cumsum(1) - logp)).sum(1).mean()
@@ -179,14 +179,14 @@ def reached(logits: Tensor, ref_logits: Tensor, ids: Tensor, mask: Tensor) -> Te
 # ====================================================================================== 4. the loops
 @dataclass(frozen=True)
 class RL:
-    """What the loops share."""
+    """The settings of the loops below."""
 
     steps: int = 60
     prompts: int = 32
     group: int = 8
     lr: float = 3e-4
     beta: float = 0.0
-    kl_in_loss: bool = False  # the KL stands in the loss; else in the reward
+    kl_in_loss: bool = False  # True: the KL is in the loss; False: in the reward
     in_context: bool = False  # the reference reads C
     advantage: str = "rloo"
     clip: float = 0.2
@@ -222,7 +222,7 @@ def as_lists(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def log_of(r: Tensor, log_ratio: Tensor, group: int) -> dict:
-    """A step in numbers; a group is dead where all its answers earn the same reward."""
+    """A row of the log; a group is dead if all its answers earn the same reward."""
     groups = r.reshape(-1, group)
     return {
         "reward": r.mean().item(),
@@ -232,8 +232,8 @@ def log_of(r: Tensor, log_ratio: Tensor, group: int) -> dict:
 
 
 def reinforce(policy: GPT, reference: GPT, draw, reward, how: RL):
-    """max E[r] − β KL(π‖ref), a step at a time. draw(step) -> P examples; reward(examples, answers)
-    -> (B,), where an answer is its list of tokens. Changes `policy`; yields the log of each step."""
+    """Maximise E[r] − β KL(π‖ref). draw(step) -> P examples; reward(examples, answers) -> (B,), where
+    an answer is a list of tokens. Changes `policy`; yields the log of each step."""
     optimizer = adam(policy, how.lr)
     ref_reads = teacher_prompt if how.in_context else student_prompt
     in_loss = how.beta * how.kl_in_loss
@@ -260,8 +260,8 @@ def reinforce(policy: GPT, reference: GPT, draw, reward, how: RL):
 
 
 def raft(policy: GPT, draw, reward, how: RL):
-    """RAFT (arXiv:2304.06767): a round keeps the best of every prompt's G answers and imitates them by
-    SFT, `updates` steps long; then the next round samples from the new policy."""
+    """RAFT (arXiv:2304.06767): each round keeps the best of every prompt's G answers and imitates
+    them by `updates` steps of SFT; the next round samples from the new policy."""
     optimizer = adam(policy, how.lr)
     for step in range(how.steps):
         many, prompts, ids, mask = roll_out(policy, draw(step), how, step)

@@ -1,19 +1,19 @@
-"""The lecture's second half in numbers: one experiment a question, one command for all.
+"""The experiments on the lecture's second half: one per question, all with one command.
 
-    python notebooks/rlhf_evidence.py                      everything, one process; what is done is kept
+    python notebooks/rlhf_evidence.py                      everything; complete runs are not repeated
     python notebooks/rlhf_evidence.py state --seeds 5      one experiment, more seeds
-    python notebooks/rlhf_page.py                          only the tables and figures, from what is there
+    python notebooks/rlhf_page.py                          only the tables and figures, from existing runs
     python notebooks/rlhf_evidence.py --smoke              every code path in a minute, learning nothing
 
-  state      the state before RL: five starts, the same RL; `state-kl`: the same with a KL to the start
+  state      the state before RL: the same RL from five starts; `state-kl`: the same with a KL to the start
   hacking    RL where only the last word is graded
-  over       over-optimisation: a learned reward against the true one; `over-more`: another β
-  learners   SFT, COSD, best-of-N and RL on one rule: forgetting, generality, diversity, angles of gradients
-  feedback   contexts that look at the answer, beside RL, OPSD and π-Distill; experience traces
-  instruct   tasks as instructions; two masks
+  over       over-optimisation: a learned reward and the true one; `over-more`: another β
+  learners   SFT, COSD, best-of-N and RL on one rule: forgetting, generalisation, diversity, gradient angles
+  feedback   contexts made from the answer, beside RL, OPSD and π-Distill; experience traces
+  instruct   tasks as instructions, with two attention masks
 
-A job is one run with its settings and seed. It ends in runs/NAME.json, with NAME made of both, and is not run twice;
-its weights, where another job starts from them, stay in --out. Everything is on one thread, one process.
+A job is one run with its settings and seed. Its result is runs/NAME.json, where NAME is made of both, and it is not run
+again. If another job starts from its weights, they are kept in --out. Everything runs in one thread of one process.
 """
 
 import argparse
@@ -77,7 +77,7 @@ HOW = RL(steps=80, prompts=16, group=8, max_new=16)
 
 # ======================================================================================= 1. the task
 def chain(rng, heldout=False, steps=3, verbs=CHAIN_VERBS):
-    """A chain of verbs, to be worked step by step; C would be the worked solution."""
+    """A chain of verbs, to be worked step by step; C is the worked solution."""
     if verbs is CHAIN_VERBS:
         return privileged(rng, heldout, steps)
     prompt = f"{draw_word(rng, heldout)} {' '.join(rng.choice(verbs) for _ in range(steps))}"
@@ -105,12 +105,12 @@ def graded(name, examples, answers):
     return torch.tensor([contexts.grade(e, said(y))[name] for e, y in zip(examples, answers)])
 
 
-exact = partial(graded, "exact")  # every step is right
-last_step = partial(graded, "score")  # the last word is right: three letters have six orders
+exact = partial(graded, "exact")  # is every step right?
+last_step = partial(graded, "score")  # is the last word right? three letters have only six orders
 
 
 def gold(examples, answers):
-    """r*, the true reward: 4 × the share of right steps. A step is right where the same word stands in the solution."""
+    """r*, the true reward: 4 × the share of right steps. A step is right if it is the solution's word at that place."""
     rewards = []
     for e, y in zip(examples, answers):
         wanted, got = e.answer.split(), said(y).split()
@@ -126,8 +126,8 @@ def length(examples, answers):
 # ================================================================================== 2. measurements
 @torch.no_grad()
 def sequence_kl(logits, other: GPT, prompts, ids, mask) -> float:
-    """KL(model‖other) in nats per answer, on the model's own samples, exact at every token; the
-    model's logits on them are given."""
+    """KL(model‖other) in nats per answer, on the model's own samples, exact at every token;
+    `logits` are the model's."""
     theirs = answer_logits(other, prompts, ids, mask)
     return on_grid(reverse_kl(logits, theirs), mask).sum(1).mean().item()
 
@@ -163,22 +163,22 @@ def greedy(policy: GPT, examples: list, show) -> float:
 
 
 def skills(policy: GPT, seed: int, count: int) -> dict:
-    """Old skills: known verbs, and all kinds under their contexts, greedy."""
+    """Old skills: the known verbs, and all kinds under their contexts; greedy answers."""
     probes = contexts.probes(seeded(seed, "privileged", "probes"), "privileged", count)
     return {name: greedy(policy, suite, teacher_prompt) for name, suite in probes.items()}
 
 
 @lru_cache(maxsize=1)
 def own_samples(base: GPT, seed: int, count: int) -> tuple:
-    """The base's answers to held-out prompts and its logits on them: there the Razor's
-    KL(base‖tuned) is measured."""
+    """The base's answers to held-out prompts, and its logits on them, for measuring the KL(base‖tuned)
+    of RL's Razor."""
     _, prompts, ids, mask = roll_out(base, heldout(seed, count), replace(HOW, group=2, seed=998), 0)
     with torch.no_grad():
         return prompts, ids, mask, answer_logits(base, prompts, ids, mask)
 
 
 def measure(policy: GPT, base: GPT, seed: int, size: dict, others: dict) -> dict:
-    """A point of a curve."""
+    """One point of a curve."""
     numbers = sampled(policy, heldout(seed, size["prompts"]), 4, others)
     two = sampled(policy, heldout(seed, size["prompts"], steps=2), 2, {})
     prompts, ids, mask, logits = own_samples(base, seed, size["prompts"])
@@ -197,7 +197,7 @@ def right_of(policy: GPT, examples: list, samples: int, seed: int) -> list[int]:
 
 
 def tries(seed: int, count: int) -> dict:
-    """The rule outside what was trained: trained words, other lengths, verbs that no chain has had."""
+    """Suites to test the rule on: trained words, other lengths, verbs that occur in no training chain."""
     suites = {"trained words": heldout(seed, count, words=False)}
     suites |= {f"{steps} verbs": heldout(seed, count, steps=steps) for steps in (2, 3, 4, 5)}
     other = heldout(seed, 3 * count, steps=2, verbs=list(VERBS))
@@ -233,15 +233,15 @@ STARTS = {
     "COSD + anchors": {"method": "cosd", "anchors": 0.5},
     "SFT + replay": {"method": "sft", "anchors": 0.5, "replay": True},  # experiments 3 and 4 only
 }
-ENOUGH = 0.8  # of sampled answers to two verbs are right: all starts stop there
+ENOUGH = 0.8  # share of right sampled answers to two verbs at which the tuning of a start ends
 
 
 def chain_steps(job, options, steps, limit):
-    """The base taught chains of `steps` verbs by one of STARTS, one learning rate for all. Yields
-    (steps taken, run, the rows of the next step); then the step is made. The caller may stop."""
+    """Teach the base chains of `steps` verbs by one of STARTS, all at the same learning rate. Yields
+    (steps taken, run, rows of the next step) before each step; the caller may stop."""
     base, settings = base_of(job, options), dict(STARTS[job["start"]])
     replay = settings.pop("replay", False)
-    batch = 64 if "anchors" in settings else 32  # as many prompts of the task for all
+    batch = 64 if "anchors" in settings else 32  # 32 prompts of the task in either case
     cfg = train.Config(
         context="privileged", seed=job["seed"], device="cpu", lr=3e-4, batch=batch, **settings
     ).resolved(settings["method"])
@@ -265,7 +265,7 @@ def chain_steps(job, options, steps, limit):
 
 
 def corpus_rows(run, step):
-    """Replay: old prompts with the pretraining corpus's own answers."""
+    """Replay: old prompts with the answers of the pretraining corpus."""
     rng, chat = seeded(run.cfg.seed, "corpus", step), run.task.chat
     drawn = [contexts.draw_anchor(rng, "privileged") for _ in range(run.cfg.n_anchors)]
     prompts = [teacher_prompt(chat, e) for e in drawn]
@@ -275,7 +275,7 @@ def corpus_rows(run, step):
 
 
 def start(job, options) -> dict:
-    """One of the five states before RL, matched on the score of two verbs."""
+    """One of the five states before RL, matched by their score on two verbs."""
     base, seed, size = base_of(job, options), job["seed"], sizes(options)
     student, steps, curve = base, 0, []
     if job["start"] != "base":
@@ -299,7 +299,7 @@ def start(job, options) -> dict:
 
 
 def state(job, options) -> dict:
-    """The same RL from one of five states: `exact` on three verbs (or `score`, which can be hacked)."""
+    """The same RL from one of five states. The reward is `exact` on three verbs, or `score`, which can be hacked."""
     base, seed, size = base_of(job, options), job["seed"], sizes(options)
     before = load(base, dict(experiment="start", start=job["start"], seed=seed), options)
     policy, reward = copy.deepcopy(before), {"exact": exact, "score": last_step}[job["reward"]]
@@ -322,21 +322,22 @@ def state(job, options) -> dict:
 
 # --------------------------------------------------------------------- over-optimisation of a reward
 def best_of_pool(size: int, n: int) -> torch.Tensor:
-    """Probability that the i-th smallest of `size` samples is the best of n of them -> (size,).
+    """Probability that the i-th smallest of `size` samples is the best of n drawn from them -> (size,).
 
-    C(i−1, n−1) / C(size, n): one pool gives an unbiased estimate for every n."""
+    C(i−1, n−1) / C(size, n). One pool gives an unbiased estimate for every n."""
     ways = [math.comb(i, n - 1) / math.comb(size, n) for i in range(size)]
     return torch.tensor(ways, dtype=torch.float64)
 
 
 def pass_at_k(size: int, right: int, k: int) -> float:
-    """1 − C(size − right, k) / C(size, k): is one of k right? Unbiased (arXiv:2107.03374)."""
+    """1 − C(size − right, k) / C(size, k): an unbiased estimate of the probability that at least one of k answers is
+    right (arXiv:2107.03374)."""
     return 1 - math.comb(size - right, k) / math.comb(size, k)
 
 
 def preferences(base: GPT, seed: int, count: int, words: bool, reward=gold) -> list[tuple]:
-    """Pairs of the base's own answers, preferred as Bradley and Terry say of r*: [(x, preferred,
-    other, r* of one less r* of the other)]. Pairs that tie under r* say nothing and are drawn again."""
+    """Pairs of the base's own answers, with preferences from Bradley and Terry's model under r*: [(x,
+    preferred, other, difference of their r*)]. Pairs with equal r* say nothing and are drawn again."""
     rng, pairs, group = seeded(seed, "preferences", words), [], 0
     while len(pairs) < count:
         prompts = [chain(seeded(seed, "pair", words, group, i), words) for i in range(64)]
@@ -370,7 +371,7 @@ def learned(model: RewardModel):
 
 @torch.no_grad()
 def judged(model: RewardModel, pairs: list[tuple]) -> dict:
-    """A reward model on held-out pairs, beside what nobody can beat who knows r*."""
+    """A reward model on held-out pairs, and the best possible numbers, those of r* itself."""
     x, preferred, other, difference = map(list, zip(*pairs))
     guess, true = model(x, preferred) - model(x, other), torch.tensor(difference)  # (pairs,) each
     p = guess.sigmoid()  # of the pair as it was preferred
@@ -393,10 +394,10 @@ def judged(model: RewardModel, pairs: list[tuple]) -> dict:
 
 
 def reward_model(job, options) -> dict:
-    """Fit one on `pairs` preferences; how good it is, and best-of-N under it."""
+    """Fit a reward model on `pairs` preferences; measure it, and best-of-N under it."""
     base, seed = base_of(job, options), job["seed"]
     model = RewardModel(base)
-    true = length if options.smoke else gold  # an unlearned base is never right
+    true = length if options.smoke else gold  # the untrained base of --smoke is never right
     train_pairs = preferences(base, seed, job["pairs"], False, true)
     steps = 3 if options.smoke else 200
     triples = [pair[:3] for pair in train_pairs]
@@ -408,7 +409,7 @@ def reward_model(job, options) -> dict:
     answers = as_lists(ids, mask)
     true = true(many, answers).view(-1, pool).double()
     guess = learned(model)(many, answers).view(-1, pool).double()
-    within = (guess - guess.mean(1, keepdim=True)).flatten()  # a prompt's level says nothing
+    within = (guess - guess.mean(1, keepdim=True)).flatten()  # the level of a prompt is arbitrary
     tested["correlation"] = correlation(within, (true - true.mean(1, keepdim=True)).flatten())
     order = guess.argsort(1)
     true, guess = true.gather(1, order), guess.gather(1, order)
@@ -428,7 +429,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def over(job, options) -> dict:
-    """RL or RAFT against a learned reward; r* looks on."""
+    """RL or RAFT on a learned reward, with r* measured beside it."""
     base, seed = base_of(job, options), job["seed"]
     model = RewardModel(base)
     trained = dict(experiment="reward", pairs=job["pairs"], seed=seed)
@@ -464,7 +465,7 @@ def over(job, options) -> dict:
 
 # ----------------------------------------------------------- one rule, four ways to learn it (3, 4)
 def learners(job, options) -> dict:
-    """SFT or COSD on chains of three verbs, measured as RL from the base is (`state`)."""
+    """SFT or COSD on chains of three verbs, measured in the same way as RL from the base (`state`)."""
     base, seed, size = base_of(job, options), job["seed"], sizes(options)
     curve, limit = [], 2 if options.smoke else 120
     for step, run, _ in chain_steps(job, options, 3, limit):
@@ -478,7 +479,7 @@ def learners(job, options) -> dict:
 
 
 def best_answers(base: GPT, model: RewardModel, examples: list, samples: int, n: int, seed: int):
-    """Best-of-n as a policy: `samples` answers to every prompt, each the best of n under the model."""
+    """Best-of-n as a policy: `samples` answers to every prompt, each the best of n by the reward model."""
     how = replace(HOW, group=samples * n, seed=seed, max_new=24)
     many, _, ids, mask = roll_out(base, examples, how, 0)
     drawn = as_lists(ids, mask)
@@ -488,7 +489,7 @@ def best_answers(base: GPT, model: RewardModel, examples: list, samples: int, n:
 
 
 def best_of(job, options) -> dict:
-    """Best-of-16 under the reward model of 1,000 pairs: on the rule, beyond it, and its diversity."""
+    """Best-of-16 by the reward model of 1,000 pairs: its score on the rule and beyond it, and its diversity."""
     base, seed, size = base_of(job, options), job["seed"], sizes(options)
     model = RewardModel(base)
     trained = dict(experiment="reward", pairs=1000, seed=seed)
@@ -504,8 +505,8 @@ def best_of(job, options) -> dict:
 
 
 def angles(job, options) -> dict:
-    """GEM's question: the cosine between the gradient of a step and that of the old skills' loss,
-    on the way. Below 0 the step forgets, to first order."""
+    """GEM's criterion: the cosine between the gradients of a step and of the loss on old skills, during
+    training. If it is negative, the step forgets, to first order."""
     seed, points = job["seed"], []
     rng = seeded(seed, "old")
     old = [contexts.draw_anchor(rng, "privileged") for _ in range(8 if options.smoke else 256)]
@@ -527,9 +528,9 @@ def angles(job, options) -> dict:
     return {"curve": points}
 
 
-# ------------------------------------------------------ contexts that look at the student's answer (5)
+# ---------------------------------------------------- contexts that are made from the student's answer (5)
 def attempt(rng, example):
-    """What the base says without C: some steps are skipped."""
+    """An answer like the base's without C: some steps are skipped."""
     return worked(example.prompt, lambda: rng.random() < contexts.P_CARELESS)
 
 
@@ -540,7 +541,7 @@ def told(example, answer):
 
 
 def own_draft(example, answer):
-    """The answer itself, without a verdict: to be corrected."""
+    """The answer itself, without a verdict, to be corrected."""
     return replace(example, kind="draft", context=f"draft {answer}")
 
 
@@ -568,7 +569,7 @@ LOOKING = {  # two more kinds of context: C is made from the student's own answe
 
 @contextmanager
 def looking():
-    """The world with both kinds, and a base of its own; the four kinds' numbers stay what they are."""
+    """Add both kinds to the world for as long as this context manager is active."""
     KINDS.update(LOOKING)
     contexts.pretraining_batches.cache_clear()
     try:
@@ -580,7 +581,7 @@ def looking():
 
 
 def looking_base(base: GPT, seed: int, options) -> GPT:
-    """The base, taught to read both: 300 more steps of pretraining, on the world that has them."""
+    """The base after 300 more steps of pretraining, on the world with both kinds."""
     path = weights(dict(experiment="looking base", seed=seed), options)
     if path.exists():
         base.load_state_dict(torch.load(path, weights_only=True))
@@ -613,8 +614,8 @@ def show_draft(examples, answers):
 
 
 def show_sibling(examples, answers):
-    """A right answer of the same group as the solution, which needs no expert; where there is none,
-    the verdict."""
+    """A right answer from the same group, shown as the solution, so that no expert is needed; if there
+    is none, the verdict."""
     texts, shown = [said(y) for y in answers], []
     right = {e.prompt: text for e, text in zip(examples, texts) if text == e.answer}
     for e, text in zip(examples, texts):
@@ -630,7 +631,7 @@ SHOWN |= {"own draft": show_draft}
 
 
 def self_distill(policy: GPT, teacher: GPT, draw, show, how: RL):
-    """COSD on the loops' own rollouts: C may depend on the answers. Mean forward KL per token."""
+    """COSD with the rollouts of rlhf.py, where C may depend on the answers. The loss is the mean forward KL per token."""
     optimizer = adam(policy, how.lr)
     for step in range(how.steps):
         many, prompts, ids, mask = roll_out(policy, draw(step), how, step)
@@ -663,7 +664,7 @@ def pi_distill_loss(teacher, student, r, ids, mask, how: RL, alpha=0.5) -> torch
 
 
 def pi_distill(policy: GPT, draw, reward, how: RL):
-    """Steps of `pi_distill_loss` on the privileged policy's rollouts."""
+    """Minimise `pi_distill_loss` on the privileged policy's rollouts."""
     optimizer = adam(policy, how.lr)
     for step in range(how.steps):
         many, seen, ids, mask = roll_out(policy, draw(step), how, step, teacher_prompt)
@@ -675,7 +676,7 @@ def pi_distill(policy: GPT, draw, reward, how: RL):
 
 
 def feedback(job, options) -> dict:
-    """Contexts that look at the answer, RL, OPSD and π-Distill: the same prompts, as many samples."""
+    """Contexts made from the answer, RL, OPSD and π-Distill: the same prompts and number of samples."""
     four, seed, size = base_of(job, options), job["seed"], sizes(options)
     with looking():
         base = looking_base(four, seed, options)
@@ -696,15 +697,15 @@ def feedback(job, options) -> dict:
         examples = heldout(seed, size["prompts"])
         _, _, ids, mask = roll_out(base, examples, replace(HOW, group=1, seed=997), 0)
         drafts, seen = as_lists(ids, mask), {}
-        for who, show in SHOWN.items():  # what the base makes of each C, greedily
+        for who, show in SHOWN.items():  # the base's greedy score with each C
             seen[who] = greedy(base, show(examples, drafts), teacher_prompt)
         return {"curve": curve, "teacher": seen}
 
 
 def experience(job, options) -> dict:
-    """OPCD's traces from the model's own attempts: extract, select, show. A new verb means one of five;
-    the base guesses, a verifier keeps what is right, and two of those are the context that is distilled.
-    No expert and no manner of his."""
+    """OPCD's traces of the model's own attempts: extract, select, show. A new verb means one of five; the
+    base guesses, a verifier keeps the right answers, and two of these are the context that is distilled.
+    So there is no expert, and no expert's mannerism."""
     base, seed = base_of(job, options), job["seed"]
     task = partial(contexts.demonstrations, verb="zorp", meaning="reverse", manner="{}")
     policy, count = copy.deepcopy(base), 8 if options.smoke else 128
@@ -715,7 +716,7 @@ def experience(job, options) -> dict:
     for e, y in zip(many, as_lists(ids, mask)):
         if said(y) == e.answer:  # select
             traces[e.prompt] = f"{e.prompt}: {e.answer}"
-    if options.smoke:  # an unlearned base is never right
+    if options.smoke:  # its untrained base is never right
         traces |= {e.prompt: f"{e.prompt}: {e.answer}" for e in asked}
 
     def show(examples, answers):
@@ -742,7 +743,7 @@ def experience(job, options) -> dict:
 
 # ------------------------------------------------------------------------- tasks as instructions (6)
 def document(rng) -> str:
-    """What a base reads: words and verbs in running text, nobody asks anything."""
+    """A text for pretraining: words and verbs in running text, without any question."""
     verb, lines = rng.choice(list(VERBS)), []
     for _ in range(4):
         word = draw_word(rng)
@@ -751,7 +752,7 @@ def document(rng) -> str:
 
 
 def text_base(job, options) -> GPT:
-    """A base that continues text: it has never seen a user's turn. Kept per seed."""
+    """A base that continues text and has never seen a user's turn; saved for each seed."""
     seed = job["seed"]
     path = weights(dict(experiment="text base", seed=seed), options)
     torch.manual_seed(seed)
@@ -776,8 +777,8 @@ def text_base(job, options) -> GPT:
 
 
 def instruct(job, options) -> dict:
-    """The base tuned on `families` task families as instructions, tried on one that it has seen in text
-    only; as a decoder or as a prefix-LM."""
+    """The base tuned on `families` task families as instructions, then tested on one that it has seen only
+    in running text; as a decoder or as a prefix-LM."""
     seed = job["seed"]
     model, two_way = text_base(job, options), job["mask"] == "prefix"
     names = list(VERBS)
@@ -820,7 +821,7 @@ def instruct(job, options) -> dict:
 
 # ====================================================================================== 4. the jobs
 def name_of(job) -> str:
-    """A run by its settings."""
+    """The name of a run, made of its settings."""
     return "-".join(str(value).replace(" ", "") for value in job.values())
 
 
@@ -837,7 +838,7 @@ def load(base: GPT, job, options) -> GPT:
 
 
 def jobs(what: str, seed: int) -> list[dict]:
-    """In the order in which they need each other."""
+    """The jobs of an experiment, each after those that it needs."""
     five = ["base", "SFT", "off-policy", "COSD", "COSD + anchors"]
     starts = [dict(experiment="start", start=name, seed=seed) for name in five]
     rewards = [dict(experiment="reward", pairs=pairs, seed=seed) for pairs in (100, 1000)]
@@ -885,7 +886,7 @@ DO = {
     "angles": angles, "best of 16": best_of, "feedback": feedback, "experience": experience,
     "instruct": instruct,
 }  # fmt: skip
-LEAVES_WEIGHTS = ("start", "reward")  # that other jobs begin with
+LEAVES_WEIGHTS = ("start", "reward")  # other jobs start from these weights
 EXPERIMENTS = [
     "state",
     "over",
@@ -899,7 +900,7 @@ EXPERIMENTS = [
 
 
 def do(job, options) -> None:
-    """Run a job that is not done, and write its record at once, whole or not at all."""
+    """Run a job unless it is complete, and write its record atomically."""
     path = options.results / "runs" / f"{name_of(job)}.json"
     needed = job["experiment"] in LEAVES_WEIGHTS and not weights(job, options).exists()
     if path.exists() and not needed:
@@ -929,10 +930,12 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("what", nargs="*", help=f"of {', '.join(EXPERIMENTS)} [all]")
+    parser.add_argument("what", nargs="*", help=f"from {', '.join(EXPERIMENTS)} [all]")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--out", type=Path, default=ROOT / "out", help="bases and weights")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out", help="folder of bases and weights"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "notebooks" / "results" / "rlhf")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args(argv)

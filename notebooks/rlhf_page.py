@@ -1,7 +1,7 @@
-"""Tables and figures from the records of rlhf_evidence.py: `python notebooks/rlhf_page.py` makes those that have records.
+"""Make tables and figures from the runs of rlhf_evidence.py: `python notebooks/rlhf_page.py`.
 
-For each experiment NAME.md and NAME.png in results/rlhf, from results/rlhf/runs. Nothing is trained here. A table says which
-seeds it holds; differences are taken seed by seed, and only seeds that both sides have are in them.
+Each experiment with runs in results/rlhf/runs gets a NAME.md and a NAME.png in results/rlhf. Nothing is trained here. Each
+table says which seeds it is from. Differences are taken seed by seed, over the seeds that both sides have.
 """
 
 import json
@@ -37,7 +37,7 @@ def pick(records: list[dict], **job) -> dict[int, dict]:
 
 
 def seeds_of(runs: list[dict]) -> str:
-    """Which seeds all of these have, said in words."""
+    """The seeds that all of these runs have, in words."""
     common = sorted(set.intersection(*[set(run) for run in runs])) if runs else []
     return f"{len(common)} seed{'s' * (len(common) != 1)} ({', '.join(map(str, common))})"
 
@@ -62,7 +62,7 @@ FOUR = ("verbs", "demonstrations", "specification", "instructions", "privileged"
 
 
 def lost_of(suites):
-    """Exact match that went away since the curve's first point, mean over suites of old skills."""
+    """The loss of exact match since the curve's first point, averaged over suites of old skills."""
 
     def lost(run: dict) -> float:
         before, after = run["curve"][0]["skills"], run["curve"][-1]["skills"]
@@ -79,7 +79,7 @@ def pass_of(k: int):
 
 
 def mean_curve(runs: dict[int, dict], x: str, y: str) -> tuple[list, list]:
-    """Point by point, the mean of two numbers over seeds."""
+    """The means of two numbers over seeds, point by point."""
     points = list(zip(*[run["curve"] for run in runs.values()]))
     return tuple([statistics.fmean(p[key] for p in point) for point in points] for key in (x, y))
 
@@ -89,8 +89,8 @@ STARTS = ["base", "SFT", "off-policy", "COSD", "COSD + anchors"]
 
 
 def steps_to(level: float):
-    """Steps until `exact` first reaches a level, between two measurements by a straight line; the
-    last step where it never does."""
+    """Steps until `exact` first reaches a level, interpolated between measurements; the last step if it
+    never does."""
 
     def steps(run):
         for a, b in zip(run["curve"], run["curve"][1:]):
@@ -105,7 +105,7 @@ def steps_to(level: float):
 
 
 def dead(run: dict) -> float:
-    """Share of groups, over the whole run, in which all answers earn the same."""
+    """Share of groups, over the whole run, in which all answers earn the same reward."""
     return statistics.fmean(row["dead"] for row in run["log"])
 
 
@@ -412,7 +412,7 @@ NEEDS = {
 
 
 def write(folder: Path = RESULTS) -> list[str]:
-    """All pages that have records -> their names."""
+    """Write every page that has runs -> the names of the pages."""
     import matplotlib
 
     matplotlib.use("Agg")

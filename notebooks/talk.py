@@ -1,11 +1,11 @@
-"""Talk to a tuned model, beside the base that it comes from, with and without the context.
+"""Ask a tuned model questions, and compare with its base, with and without the context.
 
-    python notebooks/talk.py out/RUN/export                    a prompt to type at; Ctrl-D ends
-    python notebooks/talk.py out/RUN/export --show             every token in the colour of its KL to the teacher
+    python notebooks/talk.py out/RUN/export                    type your questions; Ctrl-D ends
+    python notebooks/talk.py out/RUN/export --show             colour every token by its KL to the teacher
     python notebooks/talk.py out/RUN/export --ask "Who was Newton?" --ask "Why is the sea salty?"
 
-Base, context and the template's arguments are those of the run (out/RUN/identity.json); --base and --context-file
-name others, and make this work for any checkpoint. Every question stands alone.
+The base, the context and the arguments of the chat template are those of the run (out/RUN/identity.json). --base and
+--context-file replace them, which makes this work for any checkpoint. Each question is a new conversation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from contexts import KINDS, BadInput, Chat, reading, teacher_prompt
 from cosd import completion_states, forward_kl
 from model import GPT, KVCache, read_config, resolve_device, sample
 
-# Backgrounds of a terminal with 256 colours, from "as the teacher" to "quite another distribution".
+# Terminal background colours (of 256), from "like the teacher" to "a very different distribution".
 COLORS = {
     0.05: "",
     0.2: "\033[48;5;230m",
@@ -56,7 +56,7 @@ def stream(
 
 
 def say(chat: Chat, tokens: Iterator[int]) -> list[int]:
-    """Print an answer while it is written; Ctrl-C ends it. A character may take several tokens."""
+    """Print an answer as it is generated; Ctrl-C ends it. A character may take several tokens."""
     y, shown = [], ""
     try:
         for token in tokens:
@@ -86,7 +86,7 @@ def divergences(
 
 
 def colored(chat: Chat, y: list[int], kl: list[float], plain: bool) -> str:
-    """The answer once more, each token in the colour of its KL; without colours its number stands behind it."""
+    """The answer again, each token coloured by its KL or, without colours, followed by the number."""
     said = ""
     for token, nats in zip(y, kl):
         text = chat.decode([token])
@@ -120,13 +120,13 @@ class Talk:
         with reading(options.model):
             self.tuned = GPT.from_pretrained(options.model).to(device).requires_grad_(False)
         if base is None:
-            raise BadInput(f"{options.model} is no run's export: name its --base")
+            raise BadInput(f"{options.model} is not the export of a run: give its --base")
         with reading(base):
             self.base = GPT.from_pretrained(base).to(device).requires_grad_(False)
             self.chat = contexts.open_chat(base, read_config(base).vocab_size, **json.loads(args))
         self.context = contexts.read_context(context_file) if context_file else None
         if self.context is None:
-            print("There is no one context for all questions: the base answers without.")
+            print("No single context applies to all questions, so the base answers without one.")
         self.options = options
 
     def in_context(self, question: str) -> list[int]:
@@ -166,7 +166,7 @@ def colors() -> bool:
 
 
 def questions(asked: list[str]) -> Iterator[str]:
-    """Those of --ask, or else the lines that are typed or piped in."""
+    """Those of --ask, or the lines that are typed or piped in."""
     if asked:
         yield from asked
         return
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="the folder of a tuned model")
-    parser.add_argument("--base", help="the model that it was before [the run's]")
+    parser.add_argument("--base", help="the model before training [the run's]")
     parser.add_argument(
         "--context-file", help="C: .txt, .md, .json or .jsonl, as for train.py [the run's]"
     )

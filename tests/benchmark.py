@@ -69,7 +69,7 @@ NEW = 24  # tokens of a completion, in steps
 
 
 def take_turns(cases: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each case. They take turns, so that a busy moment hits all alike; round 0 warms up."""
+    """Median seconds of each case. The cases take turns, so that a busy moment affects all of them; round 0 is a warm-up."""
     seconds = {name: [] for name in cases}
     for round_ in range(rounds + 1):
         for name, call in cases.items():
@@ -130,7 +130,7 @@ def context_ratios(device: str, rounds: int) -> None:
 
 
 def resident_bytes(what: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process. Linux only; ru_maxrss will not do, it inherits the parent's peak."""
+    """VmRSS (now) or VmHWM (peak) of this process. Linux only; ru_maxrss would include the parent's peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in status if line.startswith(what)]
     return int(line.split()[1]) * 1024
@@ -353,7 +353,7 @@ SMALL |= {"intermediate_size": 96}
 
 
 def speed(device: str, dtype: str, can: dict, big: bool) -> None:
-    """Decoding beside the card's bandwidth and transformers; a COSD step beside its products."""
+    """Decoding compared with the card's bandwidth and with transformers; a COSD step compared with its matrix products."""
     import transformers
 
     torch.manual_seed(0)
@@ -427,7 +427,7 @@ def speed(device: str, dtype: str, can: dict, big: bool) -> None:
 
 
 def run_as_users_do(device: str) -> None:
-    """The smoke preset by its command; then a run that is stopped and resumed, beside one that is not."""
+    """The command of the smoke preset; then a run that is stopped and resumed, compared with one that is not."""
     import train
 
     with tempfile.TemporaryDirectory() as out:
@@ -560,7 +560,7 @@ def logit_ratios(steps: int = 100, seeds: int = 3) -> None:
 
 
 def logit_error(folder: str, steps: int = 20, seeds: int = 3) -> None:
-    """The same on a real model that learns to talk like a pirate: the gradient alone, on the way."""
+    """The same on a real model that learns to talk like a pirate: only the gradient, during training."""
     from contexts import open_chat, read_context
 
     prompts_of = open_chat(folder, GPT.from_pretrained(folder).config.vocab_size).render
@@ -755,7 +755,7 @@ def trl_step(folder: str, length: int, how: str, rounds: int) -> dict:
 
 
 def step_ratios(folder: str, rounds: int, threads: int, trl_python: str | None) -> None:
-    """Each case in a process of its own, one after the other."""
+    """Every case in its own process, one after the other."""
     pythons = {"trl": trl_python, "ours": sys.executable}
     hows = {"trl": ["fp32", "bf16"], "ours": ["fp32", "bf16", "bf16 checkpointing", "bf16 lora"]}
     environment = {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}

@@ -17,7 +17,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def tiny_gpt(seed=0, **changes):
-    """A random GPT whose logits are far from uniform, so that a mistake shows."""
+    """A random GPT whose logits are far from uniform, so that mistakes become visible."""
     torch.manual_seed(seed)
     model = GPT(
         GPTConfig(

@@ -1,4 +1,4 @@
-"""LoRA: by hand, left out, merged, under the teachers, exported; gradient checkpointing; prompts that begin alike."""
+"""LoRA: by hand, removed, merged, with the teachers, exported; gradient checkpointing; prompts with a common beginning."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ PROMPTS, LONGER = [[1, 2, 3], [4, 5]], [[7, 8, 9, 1, 2, 3], [7, 8, 9, 4, 5]]
 
 
 def adapted(rank=3, alpha=6.0, **changes):
-    """A model whose adapters do something: B is zero at the start, here it is not."""
+    """A model whose adapters have an effect: B is not zero here."""
     model = tiny_gpt(**changes)
     add_adapters(model, rank, alpha)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_every_matrix_of_the_blocks_is_adapted_and_nothing_else():
     }
     layers = "attention.q attention.k attention.v attention.out mlp.gate mlp.up mlp.down".split()
     assert changed == {f"blocks.{i}.{layer}" for i in range(2) for layer in layers}
-    with pytest.raises(ValueError, match="of rank 0: at least 1"):
+    with pytest.raises(ValueError, match="of rank 0: the rank must be at least 1"):
         add_adapters(tiny_gpt(), 0)
 
 

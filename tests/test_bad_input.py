@@ -1,5 +1,5 @@
-"""What a user can get wrong, all through `main` in one process: one line that says what, where and what to do, exit
-code 2, nothing trained. Each case stands for its kind."""
+"""What a user can get wrong, all through `main` in one process: exit code 2, and one line that says what is wrong, where,
+and what to do. Nothing is trained. Each case represents a kind of mistake."""
 
 import json
 import os
@@ -225,7 +225,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place, capsys, case):
 # ------------------------------------------------------------------------- what is no input, but fails
 def test_an_export_that_cannot_be_written_is_one_line_and_resumed(place, capsys, monkeypatch):
     class RustError(Exception):
-        """As safetensors': neither OSError nor RuntimeError."""
+        """Like that of safetensors: neither an OSError nor a RuntimeError."""
 
     def full(self, folder, eos):
         raise RustError("Error while serializing: No space left on device (os error 28)")
@@ -282,6 +282,6 @@ def test_a_terminal_without_the_signs_and_a_reader_who_leaves_stop_nothing(place
     assert child.wait() == 0, err
     assert "student {'cut_off': 1.0}, teacher {'cut_off': 1.0}, KL 0.0" in err
     assert "the teacher hardly beats the student: C can teach this model nothing" in err
-    assert "most answers are cut off: raise --max-new-tokens 2" in err
+    assert "most answers are cut off by --max-new-tokens 2" in err
     assert list(place.glob("out/*/export/model.safetensors"))
     assert "‖" in (place / "out" / "results.md").read_text(encoding="utf-8")

@@ -126,7 +126,7 @@ def test_instructions_and_privileged_by_hand():
 
 
 def test_a_shown_word_is_never_the_prompts():
-    """By chance it would be, once in 300 draws."""
+    """By chance this would happen once in 300 draws."""
     for heldout in (None, False):
         for example in draws(contexts.demonstrations, 6000, heldout=heldout):
             assert example.prompt.split()[0] not in shown_words(example)
@@ -271,7 +271,7 @@ def test_grading_tells_content_from_manner():
 
 # ------------------------------------------------------------------------------------- a fifth kind
 def feedback(rng, heldout=None, style="loud"):
-    """C is made from the answer; before there is one, there is no C."""
+    """C is made from the answer; without an answer there is no C."""
     word = contexts.draw_word(rng, heldout)
     return Example("feedback", None, f"{word} reverse", word[::-1], word[::-1])
 

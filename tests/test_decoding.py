@@ -43,7 +43,7 @@ class FakeGraph:
 
 @contextmanager
 def recording(graph):
-    """Capturing runs nothing: what was changed in place meanwhile is put back."""
+    """Capturing runs nothing: in-place changes made meanwhile are undone."""
     changed = {}
 
     class Recorder(TorchDispatchMode):
@@ -65,7 +65,7 @@ def recording(graph):
 
 
 class OnCuda(torch.Tensor):
-    """A token that says it is on a GPU; its copy is a plain one."""
+    """A token that claims to be on a GPU; its copy is a normal tensor."""
 
     device = property(lambda self: torch.device("cuda"))
 
@@ -131,7 +131,7 @@ class Counting(TorchDispatchMode):
 
 
 def operations_a_token(n_layer, dtype, adapters):
-    """Views do not count: they launch nothing."""
+    """Views do not count, because they launch no kernel."""
     shape = {"d_model": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "d_ff": 96}
     model = GPT(GPTConfig(100, n_layer=n_layer, **shape))
     _, low, autocast = resolve_device("cpu", dtype)

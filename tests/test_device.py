@@ -57,7 +57,7 @@ class Fake(torch.Tensor):
 
 
 class WithFactories(TorchDispatchMode):
-    """torch.zeros(..., device="fake") has no tensor among its arguments: seen here."""
+    """Catches torch.zeros(..., device="fake"), which has no tensor among its arguments."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         return compute(operation, args, kwargs or {})
@@ -223,7 +223,7 @@ def mixing(folder):
 
 
 def child(what, folder):
-    """This file as a program of its own: registering a device is for good."""
+    """This file as a separate program, because registering a device cannot be undone."""
     environment = os.environ | {"TQDM_DISABLE": "1"}
     command = [sys.executable, __file__, what, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -425,7 +425,7 @@ def test_chunked_with_a_frozen_head_under_autocast_and_without_gradient():
 
 
 def test_chunked_fp16_gradients_do_not_underflow():
-    """With a big vocabulary w · (Q − P) is below fp16's smallest number: the chunked version must scale it first."""
+    """With a large vocabulary w · (Q − P) is below fp16's smallest number, so it must not be rounded to fp16."""
     n, V, D = 64, 20_000, 16
     h_s, head, h_t = (
         random_logits(*shape, seed=i, scale=0.3, dtype=torch.float32)

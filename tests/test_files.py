@@ -66,7 +66,7 @@ def files(tmp_path):
 
 
 def settings(files, context, **changes):
-    """What file_task reads of train.Config."""
+    """The fields of train.Config that file_task reads."""
     shown = {"specification": "spec.md", "instructions": "pirate.json"}.get(context)
     cfg = dict(
         context=context,
@@ -273,7 +273,7 @@ def test_a_fifth_kind_from_files_with_the_students_own_attempt(files, checkpoint
     assert teacher == turn("user", said) + HEADER
     assert task.after(done, "other").asked == task.after(example, "other").asked
     lines(files / "heldout.jsonl", [{"prompt": "a"}])
-    with pytest.raises(BadInput, match="heldout.jsonl:1: it lacks what --context feedback shows"):
+    with pytest.raises(BadInput, match="heldout.jsonl:1: it lacks what --context feedback needs"):
         task_of(files, checkpoint, "feedback")
     monkeypatch.setitem(KINDS, "feedback", replace(KINDS["instructions"], after=lambda e, y: y))
     (files / "heldout.jsonl").write_text('{"prompt": "a"}')
@@ -346,7 +346,7 @@ def test_a_chat_template_without_a_system_role(tmp_path, files, template, messag
 
 def test_a_tokenizer_that_does_not_match_the_weights(checkpoint):
     for vocabulary in (257, 400):
-        message = f"it has 258 tokens, the weights have {vocabulary}: not a pair"
+        message = f"it has 258 tokens, but the weights have {vocabulary}: no match"
         with pytest.raises(BadInput, match=message):
             open_chat(checkpoint, vocabulary)
 
@@ -358,7 +358,7 @@ class Unprintable(Exception):
 
 
 class Panic(BaseException):
-    """As a tokenizer's, when its file is damaged."""
+    """Like the exception of a tokenizer whose file is damaged."""
 
 
 @pytest.mark.parametrize(
@@ -400,12 +400,12 @@ CASES = {
     ),
     "too deep": ("[" * 100000, {}, "train.jsonl:1: RecursionError"),
     "chat without user": (CHAT % ("assistant", ""), {}, "train.jsonl:1: prompt: after an"),
-    "chat of a robot": (CHAT % ("robot", ""), {}, "this is: robot"),
+    "chat of a robot": (CHAT % ("robot", ""), {}, "found: robot"),
     "empty turn": (CHAT.replace('"a"', '" "') % ("user", ""), {}, "none empty"),
     "chat ends wrongly": (
         CHAT % ("user", ', {"role": "assistant", "content": "b"}'),
         {},
-        "this is: user assistant",
+        "found: user assistant",
     ),
     "context ends with user": (
         '{"prompt": "a", "context": [{"role": "user", "content": "b"}]}\n',
@@ -429,33 +429,33 @@ CASES = {
     "trace without solution": (
         None,
         dict(context_file='c.jsonl={"prompt": "a"}'),
-        "c.jsonl:1: a solved problem is a prompt in text and a solution: KeyError: 'answer'",
+        "c.jsonl:1: a solved problem needs a text prompt and a solution: KeyError: 'answer'",
     ),
     "trace of turns": (
         None,
         dict(context_file="c.jsonl=" + CHAT[:-2] % ("user", "") + ', "answer": "b"}'),
-        "c.jsonl:1: a solved problem is a prompt in text and a solution: TypeError",
+        "c.jsonl:1: a solved problem needs a text prompt and a solution: TypeError",
     ),
     "too long": (None, dict(context_file="c.txt=" + "x" * 600), "tokens too many"),
     "no demonstration": (
         '{"prompt": "a", "solution": "s"}\n',
         dict(context="demonstrations", shots=0),
-        "train.jsonl:1: it lacks what --context demonstrations shows: KeyError: 'answer'",
+        "train.jsonl:1: it lacks what --context demonstrations needs: KeyError: 'answer'",
     ),
     "no solution": (
         '{"prompt": "a", "demonstration": "s"}\n',
         dict(context="privileged"),
-        "train.jsonl:1: it lacks what --context privileged shows: KeyError: 'answer'",
+        "train.jsonl:1: it lacks what --context privileged needs: KeyError: 'answer'",
     ),
     "small pool": (
         '{"prompt": "a", "answer": "b"}\n' * 9,
         dict(context="demonstrations"),
-        "too few different texts with an answer for --shots 4",
+        "too few different prompts with answers: --shots 4",
     ),
     "nothing to imitate": (
         '{"prompt": "a"}\n',
         dict(method="sft"),
-        "train.jsonl:1: --method sft needs an demonstration or solution or answer",
+        "train.jsonl:1: --method sft needs demonstration or solution or answer",
     ),
     "no answer": (
         None,
@@ -471,7 +471,7 @@ CASES = {
     "unknown score": (
         None,
         dict(score="vibes"),
-        "--score vibes: there is no vibes; choose none, exact, contains",
+        "--score vibes: there is no vibes; choose from none, exact, contains",
     ),
     "score without file": (None, dict(score="gone.py:f"), "gone.py"),
     "template without its place": (
@@ -510,7 +510,7 @@ def test_too_long_says_by_how_many_tokens(files, checkpoint):
     longest = max(len(teacher_prompt(task.chat, task.draw(random.Random(i)))) for i in range(20))
     assert task_of(files, checkpoint, "instructions", max_new_tokens=512 - longest).heldout
     with pytest.raises(
-        BadInput, match="train.jsonl:1: 27 tokens too many: shorten, or --max-new-tokens"
+        BadInput, match="train.jsonl:1: 27 tokens too many: shorten it or lower --max-new-tokens"
     ):
         task_of(files, checkpoint, "instructions", max_new_tokens=460)
     with pytest.raises(BadInput, match=": 1 tokens too many"):
@@ -542,7 +542,7 @@ def test_what_leaks_is_a_warning(files, checkpoint, capsys):
     lines(files / "heldout.jsonl", [{"prompt": f"Tell me {i}?"} for i in range(6)] + ROWS[3:5])
     task_of(files, checkpoint, "instructions")
     err = capsys.readouterr().err
-    assert "heldout.jsonl:7 and 1 more held-out prompts are trained on as well" in err
+    assert "heldout.jsonl:7 and 1 more held-out prompts are also trained on" in err
     lines(files / "heldout.jsonl", [{"prompt": f"Tell me {i}?"} for i in range(8)])
     task_of(files, checkpoint, "instructions")
     assert not capsys.readouterr().err
@@ -554,7 +554,7 @@ def test_few_held_out_prompts_are_a_warning(files, checkpoint, capsys):
     for _ in range(2):
         task_of(files, checkpoint, "instructions", prompts=path, heldout=None)
     said = capsys.readouterr().err
-    assert said == f"warning: {path}: 1 held out, a score moves by 1.00 each\n"  # once
+    assert said == f"warning: {path}: 1 held out; each moves a score by 1.00\n"  # once
 
 
 def test_held_out_anchors_measure_the_drift(files, checkpoint):
@@ -572,7 +572,7 @@ def test_held_out_anchors_measure_the_drift(files, checkpoint):
 
 
 def test_the_shipped_files_are_sound():
-    """64 to 128 prompts for each type, train and held out apart, all readable."""
+    """64 to 128 prompts for each type, no held-out prompt among the training prompts, all readable."""
     data = ROOT / "notebooks" / "data"
     fields = {"questions": "prompt", "plurals": "answer", "requests": "answer", "sums": "solution"}
     for name, field in fields.items():

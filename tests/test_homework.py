@@ -1,8 +1,8 @@
-"""The homework: what the student's copy holds, and whether the grader is just.
+"""The homework: what the student's copy contains, and whether the grader is fair.
 
-Wrong answers must lose points in the parts that they get wrong and nowhere else; right answers that look otherwise must lose none;
-a submission may do anything, and reaches nothing. See answers.py. By default a tenth of the wrong answers are judged, on the first
-part that they must lose; `-m slow` judges every one on all parts.
+Wrong answers must lose points in the parts that they get wrong and nowhere else; correct but unusual answers must lose none; and
+a submission that tries anything must not get access to anything. See answers.py. By default a tenth of the wrong answers are
+judged, on the first part that they must lose; `-m slow` judges all of them on all parts.
 """
 
 import ast
@@ -62,10 +62,10 @@ SLOW = pytest.mark.slow
 SEED = 3
 
 
-# ================================================================================================= is it just?
+# ================================================================================================= is it fair?
 @pytest.fixture(scope="module")
 def students():
-    """One process a question, for all the answers here; the grader starts one for each submission."""
+    """One process per question, for all answers here; the grader starts one for each submission."""
     open_now = {}
 
     def of(question):
@@ -108,13 +108,13 @@ NAMES = [f"{w[0]}: {w[1]}" for w in WRONG]
 
 
 def thinned(answers, every):
-    """All of them, but most are slow: a tenth of the wrong answers and a third of the right ones are tried by default."""
+    """All answers, most of them marked slow: by default a tenth of the wrong ones and a third of the right ones are judged."""
     return [pytest.param(*a, marks=[SLOW] * bool(i % every)) for i, a in enumerate(answers)]
 
 
 @pytest.mark.parametrize("question, what, parts, old, new", thinned(WRONG, 10), ids=NAMES)
 def test_a_wrong_answer_loses_points(question, what, parts, old, new, judged):
-    """On the first part that it must lose; and says why."""
+    """It loses the first part that it must lose, and the grader says why."""
     (part,) = judged(question, changed(question, old, new), parts[:1]).values()
     assert part["score"] < part["points"] and all(part["reasons"])
 
@@ -175,7 +175,7 @@ def test_there_are_enough_of_both():
 
 @SLOW
 def test_other_numbers_are_as_just(students):
-    """Every part, drawn again with other seeds, takes the reference."""
+    """Every part, drawn again with other seeds, accepts the reference."""
     for question in CODED:
         student, _ = students(question)
         for seed in (11, 12):
@@ -211,7 +211,7 @@ def cheating(question, function, arguments, body):
     "what", [pytest.param(what, marks=[SLOW] * (what in HANGING)) for what in CHEATS]
 )
 def test_a_cheat_gets_nothing_and_costs_nothing_else(what, judged):
-    """The parts that ask for `render` are lost, the others are not; and who comes next is judged as ever."""
+    """The parts that need `render` are lost, the others are not; and the next submission is judged as usual."""
     found = judged("q4", cheating("q4", "render", "(context, prompt)", CHEATS[what]), "14")
     assert [part["score"] for part in found.values()] == [0, 1]
     again = judged("q4", file_with("q4", bodies("q4")), "1")
@@ -268,7 +268,7 @@ def test_what_the_students_process_can_see(students, tmp_path):
 
 
 def test_stand_ins_are_those_of_other_questions():
-    """And each question's process has the project without any answer."""
+    """Each question's process has the project without any answer."""
     for question, (functions, _, _) in homework.STANDINS.items():
         asked = {a.function for a in ASKED if a.question == question}
         texts = [homework.given(name) for name in homework.BESIDE.get(question, ())]
@@ -287,7 +287,7 @@ def copy(tmp_path_factory):
 
 
 def test_what_is_asked_for_is_as_it_should_be():
-    """A hint fits into a string; a blank is short; what is asked for is one file a question."""
+    """A hint fits into a string; a blank is short; each question asks for functions of one file."""
     for file in CODE:
         for blank in blanks(file, REFERENCE[file]):
             hint = blank.asked.hint
@@ -414,7 +414,7 @@ def pytest_in(folder, *arguments):
 
 
 def test_what_is_not_asked_for_works_in_the_copy(copy):
-    """Nothing fails there but for an answer that is open; every question's own tests do, with its hint."""
+    """Tests fail there only because an answer is missing; every question's own tests fail, with its hint."""
     found = pytest_in(copy)
     failed = {name: text for name, text in found.items() if text is not None}
     assert len(failed) > 30
@@ -426,7 +426,7 @@ def test_what_is_not_asked_for_works_in_the_copy(copy):
 
 
 def answered(folder, questions):
-    """Fill the copy in `folder` with answers of a student's kind."""
+    """Fill the copy in `folder` with answers like a student's."""
     for question in questions:
         (name,) = QUESTIONS[question].files
         answer = file_with(question, bodies(question))
@@ -445,7 +445,7 @@ def test_the_copys_tests_take_right_answers(copy, tmp_path):
 
 @SLOW
 def test_each_question_can_be_done_alone(copy, tmp_path):
-    """In a copy where nothing else is solved."""
+    """In a copy where no other question is solved."""
     for question in CODED:
         folder = tmp_path / question
         shutil.copytree(copy, folder)
@@ -472,7 +472,7 @@ def test_the_copys_tests_see_plain_mistakes(copy, tmp_path):
 
 # ==================================================================================================== the grader
 def submit(folder, **texts):
-    """A folder with the reference, but for what is given by name; None leaves a file out."""
+    """A folder with the reference, except for the files given by name; None omits a file."""
     folder.mkdir(parents=True)
     for name in {file for question in CODED for file in QUESTIONS[question].files}:
         text = texts.get(name.removesuffix(".py"), REFERENCE[name])
@@ -486,7 +486,7 @@ def outcome(results):
 
 
 def test_results_in_gradescopes_format(tmp_path, capsys):
-    """The command, on a folder with nothing in it."""
+    """The command, on an empty folder."""
     (tmp_path / "empty").mkdir()
     results = tmp_path / "results.json"
     assert homework.main(["grade", str(tmp_path / "empty"), "--results", str(results)]) == 0
@@ -586,7 +586,7 @@ def test_imports_are_made_beforehand():
 
 
 def test_only_what_may_be_edited_is_taken(tmp_path, judged):
-    """Tests, settings, given functions and other files of the submission play no part."""
+    """Tests, settings, given functions and other files of the submission are ignored."""
     text = REFERENCE["contexts.py"].replace("def encode(", "def encode_(")
     for name in ("conftest.py", "sitecustomize.py", "torch.py", "judge.py"):
         (tmp_path / name).write_text("raise SystemExit")
@@ -604,7 +604,7 @@ def test_a_submission_in_a_folder_of_its_own_is_found(tmp_path):
 
 
 def test_a_whole_class(tmp_path, capsys):
-    """Folders and zips; what has a result is kept; one that cannot be opened stops nobody."""
+    """Folders and zips; existing results are kept; one that cannot be opened does not stop the others."""
     everyone = tmp_path / "all"
     submit(everyone / "ada", contexts=None)
     with zipfile.ZipFile(everyone / "bob.zip", "w") as archive:
@@ -627,7 +627,7 @@ def test_a_whole_class(tmp_path, capsys):
 
 
 def test_a_zip_for_gradescope(tmp_path):
-    """It holds all that grading takes: from it alone a submission is graded."""
+    """It contains everything that grading needs: a submission is graded from it alone."""
     homework.main(["zip", str(tmp_path / "grader.zip"), "--bases", str(tmp_path / "none")])
     with zipfile.ZipFile(tmp_path / "grader.zip") as archive:
         names = set(archive.namelist())
@@ -652,7 +652,7 @@ FOUND = {"exact": 1.0, "prior": 0.0, "steerability": -0.004, "drift": 0.004, "to
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What measure.py would say, without training."""
+    """The output of measure.py, without training."""
     said = dict(FOUND)
     monkeypatch.setattr(homework, "measured", lambda *_: dict(said))
     return said
@@ -872,7 +872,7 @@ def test_q8_a_kind_is_learned_and_nonsense_is_not(text, learns, tmp_path):
 
 @SLOW
 def test_q6_the_model_answer_and_the_default(tmp_path):
-    """Three seeds each. The default settings learn, too, but take ten times the tokens and forget."""
+    """Three seeds each. The default settings learn too, but use ten times the tokens and forget."""
     found = {}
     for name, text in (("model", (homework.SOLUTIONS / "q6.json").read_text()), ("default", "{}")):
         found[name] = homework.measured([text, "--seeds", "3"], bases(), 900)
@@ -883,7 +883,7 @@ def test_q6_the_model_answer_and_the_default(tmp_path):
 
 
 def test_the_base_goes_into_one_file_and_back(tmp_path):
-    """With its name and settings, so that train.py takes it for its own."""
+    """With the name and settings that train.py expects."""
     import torch
 
     cfg = homework.measure.train.Config(method="pretrain", device="cpu")

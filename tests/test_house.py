@@ -1,4 +1,4 @@
-"""The size of the house: the four files are a textbook, and stay one."""
+"""The size and the structure of the four files: they are a textbook, and must stay one."""
 
 import ast
 import importlib.util

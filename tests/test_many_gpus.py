@@ -64,14 +64,14 @@ def test_the_chats_are_those_that_train_shows(flags, checkpoint):
     [
         ("--method sft", "--method cosd or offline"),
         ("--divergence policy_gradient", "--method cosd or offline, and --divergence forward_kl"),
-        ("--lora 4 --micro-batch 2", "--micro-batch --lora: not on several GPUs"),
+        ("--lora 4 --micro-batch 2", "--micro-batch --lora: not available on several GPUs"),
     ],
 )
 def test_what_it_cannot_do_is_refused(flags, capsys, monkeypatch, more, said):
     cfg = parse([*flags, *more.split()])
     with pytest.raises(many_gpus.BadInput, match=said):
         many_gpus.check(cfg.resolved(cfg.method), 1)
-    with pytest.raises(many_gpus.BadInput, match="no multiple of 3 processes"):
+    with pytest.raises(many_gpus.BadInput, match="must be a multiple of 3 processes"):
         many_gpus.check(parse(flags).resolved("cosd"), 3)
 
 

@@ -201,7 +201,7 @@ def test_sampling_is_reproducible_and_follows_the_distribution():
 
 @pytest.mark.parametrize("drawn", [0.0, 0.5, 1 - 2**-24])
 def test_a_token_of_probability_zero_is_never_drawn(drawn, monkeypatch):
-    """Whatever the uniform number is: first, last and middle tokens have probability 0 here."""
+    """For any uniform number: first, last and middle tokens have probability 0 here."""
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]])
     monkeypatch.setattr(torch, "rand", lambda *shape, **kw: torch.full(shape, drawn))
     assert sample(logits, 1.0, None, None, None).item() == {0.0: 3, 0.5: 3, 1 - 2**-24: 1}[drawn]
@@ -247,7 +247,7 @@ def test_the_rounding_of_a_parallel_sum_draws_no_token_of_probability_zero(monke
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("limits", [(None, None), (5, None), (None, 0.7), (5, 0.7)])
 def test_sums_that_are_not_monotone_draw_no_token_of_probability_zero(limits, dtype, monkeypatch):
-    """A GPU adds in an order of its own: its running sums may fall by a rounding error, here by a lot."""
+    """A GPU adds in another order, so that its running sums may decrease by a rounding error; here they decrease by more."""
     logits = 3 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
     logits[:, ::3] = -torch.inf
     logits = logits.to(dtype)

@@ -1,4 +1,4 @@
-"""The notebooks: what is committed is what the sources say, it ran to its end, and the sources run as plain scripts."""
+"""The committed notebooks match their sources and ran to their end, and the sources run as plain scripts."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_the_first_cell_finds_the_project_or_fetches_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", RUNS, ids=name_of)
 def test_source_runs_as_a_script(source, request):
-    """What they claim they assert. 05 trains, exports and talks to SmolLM2: some four minutes."""
+    """The notebooks assert what they claim. 05 trains, exports and talks to SmolLM2: some four minutes."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("IPython")
     if "SmolLM2" in source.read_text():

@@ -43,7 +43,7 @@ HI = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture(scope="module", autouse=True)
 def no_report():
-    """The table and the figure have tests of their own."""
+    """The table and the figure have their own tests."""
     with pytest.MonkeyPatch.context() as patch:
         silent = SimpleNamespace(run=lambda *args, **kwargs: None, CalledProcessError=OSError)
         patch.setattr(train, "subprocess", silent)
@@ -67,7 +67,7 @@ def files(tmp_path):
 
 
 def flags(files, checkpoint, context="instructions", **changes):
-    """A command line of a run in little; a change of None takes a flag away."""
+    """The command line of a small run; a change to None removes a flag."""
     shown = {"specification": "spec.md", "instructions": "pirate.json"}.get(context)
     chosen = {
         "model": checkpoint,
@@ -116,7 +116,7 @@ def their_logits(folder):
 
 @pytest.fixture
 def students(monkeypatch):
-    """The student of every run, as it was when it was exported, its adapters folded in."""
+    """The student of every run, as it was when it was exported, with its adapters merged in."""
     kept, original = [], train.export
 
     def export(run):
@@ -193,7 +193,7 @@ def test_a_second_end_token_is_kept_in_the_export(files, tmp_path):
 
 
 def test_the_export_has_the_files_of_the_original_tokenizer(files, tmp_path):
-    """To the byte: written by another version of transformers they may name a class that nobody else knows."""
+    """Byte for byte: another version of transformers may write the name of a class that others do not have."""
     folder = tiny_checkpoint(tmp_path / "model")
     told = json.loads((folder / "tokenizer_config.json").read_text())
     told["tokenizer_class"] = "PreTrainedTokenizerFast"  # as transformers 4 writes it
@@ -432,7 +432,7 @@ def test_help_comes_in_groups_and_names_each_flag_once(capsys):
 
 
 def test_threads_that_have_nothing_to_do_sleep():
-    """In a process of its own: it must be set before torch is imported."""
+    """In another process, because it must be set before torch is imported."""
     code = "import os, train; print(os.environ['OMP_WAIT_POLICY'])"
     for given, expected in ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"):
         here = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
@@ -509,12 +509,12 @@ def test_an_input_inside_a_runs_folder_is_refused(files, checkpoint, capsys, wha
             settings = changes | {"method": method, "out": out}
             assert main(flags(files, checkpoint, **settings)) == 2
             said = capsys.readouterr().err.strip().splitlines()[-1]
-            assert "lies in a run's folder, which may be replaced: copy it first" in said
+            assert "is in a run's folder, which may be replaced: copy it first" in said
     assert contents(files) == before and not (files / "elsewhere").exists()
 
 
 def test_one_context_after_the_other(files, checkpoint):
-    """A run may start from a copy of another's export."""
+    """A run may start from a copy of another run's export."""
     first = run_one(files, checkpoint, lr=0.01)
     copy = shutil.copytree(f"{first['folder']}/export", files / "first")
     second = run_one(files, str(copy), "specification", lr=0.01)

@@ -150,13 +150,13 @@ def test_the_command_says_whether_it_fits_and_what_to_turn(checkpoint, tmp_path,
     said = capsys.readouterr().out
     assert "It fits 16 GB" in said and "autocast bfloat16" in said
     assert planner.main([*given, "--card", "0.5"]) == 0
-    assert "It does not fit 0.5 GB, whatever is turned" in capsys.readouterr().out
-    assert "--lr 5e-05: 2e-05 to 0.0001 is where to look" in said and "s a step" not in said
+    assert "It does not fit 0.5 GB with any of the flags" in capsys.readouterr().out
+    assert "--lr 5e-05: try 2e-05 to 0.0001" in said and "s per step" not in said
     assert planner.main([*given, "--lora", "2", "--lr", "5e-5", "--max-new-tokens", "4"]) == 0
     said = capsys.readouterr().out
-    assert "--lr 5e-05, which is outside: 0.0002 to 0.001" in said
+    assert "--lr 5e-05, which is unusual: try 0.0002 to 0.001" in said
     assert re.search(
-        r"measured here: [\d.]+ s a step, 40 of them .* evaluation .* together about", said
+        r"measured here: [\d.]+ s per step, .* for 40 steps; evaluation .* together about", said
     )
     assert planner.main(["--card", "16"]) == 2
     assert "--model FOLDER is missing" in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_problems_that_the_context_has_solved_say_nothing_held_out(checkpoint, t
 
 
 def test_a_measured_step_is_that_of_the_loop(checkpoint, tmp_path, monkeypatch):
-    """The same weights after it as after a step of `train.fit`."""
+    """It leaves the same weights as a step of `train.fit`."""
     import train
     from contexts import file_task, open_chat
     from model import GPT

@@ -1,4 +1,4 @@
-"""The README and the pages keep their word: line counts, commands, links, flags, and numbers."""
+"""What the README and the pages say is true: line counts, commands, links, flags, and numbers."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""The report of a folder: its table by hand, its figure, and what it does with folders that are not as they should be."""
+"""The report of a folder: its table by hand, its figure, and what it does with incomplete or damaged folders."""
 
 import json
 import math

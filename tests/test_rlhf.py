@@ -487,7 +487,7 @@ def test_reinforce_earns_more_and_a_kl_holds_it_back(small):
 
 @pytest.mark.parametrize("in_loss", [False, True])
 def test_without_a_reward_the_kl_alone_draws_back(small, in_loss):
-    """From other weights, and nothing to earn: the policy returns to its reference."""
+    """From other weights and without a reward, the policy returns to its reference."""
     reference, draw, _ = small
     mine = copy.deepcopy(reference)
     with torch.no_grad():
@@ -499,7 +499,7 @@ def test_without_a_reward_the_kl_alone_draws_back(small, in_loss):
 
 
 def test_dead_groups_are_counted(small):
-    """Of three groups one earns nothing throughout, one everything; in the third they differ."""
+    """Of three groups, one earns nothing, one everything, and in the third the answers differ."""
     policy, draw, _ = small
     r = torch.tensor([0.0] * 4 + [1.0] * 4 + [0, 1, 0, 0])
     how = replace(HOW, steps=1)
@@ -737,7 +737,7 @@ def test_tries_leave_the_training_words_and_chains():
 
 @pytest.mark.slow
 def test_smoke_runs_every_experiment_once(tmp_path, capsys):
-    """All jobs in small; the second time nothing is left to do. Then the page is made of what was run."""
+    """All jobs in small; the second time there is nothing to do. Then the page is made from the runs."""
     options = ["--smoke", "--seeds", "1", "--out", str(tmp_path / "out")]
     options += ["--results", str(tmp_path / "results")]
     assert evidence.main(options) == 0
@@ -754,7 +754,7 @@ def test_smoke_runs_every_experiment_once(tmp_path, capsys):
 
 
 def test_the_page_shows_what_was_committed():
-    """Each row of each table of pages/rlhf.md stands in a page that was made from the records; each figure of the notebook exists."""
+    """Each row of each table of pages/rlhf.md is in a page that was made from the records; each figure of the notebook exists."""
     pages = ROOT / "notebooks" / "results" / "rlhf"
     written = "".join(path.read_text() for path in pages.glob("*.md"))
     page = (ROOT / "notebooks" / "pages" / "rlhf.md").read_text()

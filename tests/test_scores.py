@@ -1,4 +1,4 @@
-"""Scores: what GSM8K's and MATH's graders agree on, and a user's own function, whatever it does."""
+"""Scores: numbers as the graders of GSM8K and MATH read them, and the user's own function, whatever it does."""
 
 import sys
 from fractions import Fraction
@@ -181,8 +181,8 @@ def test_a_python_function_scores(own):
     [
         ("broken", "ZeroDivisionError: division by zero"),
         ("leaves", "SystemExit: 0"),
-        ("infinite", "inf is no score"),
-        ("nan", "nan is no score"),
+        ("infinite", "inf is not a finite score"),
+        ("nan", "nan is not a finite score"),
         ("word", "could not convert string to float: 'good'"),
         ("nothing", "TypeError: float"),
     ],
@@ -202,7 +202,7 @@ def test_its_failures_are_one_line_with_the_line_of_the_file(own, name, message)
         (
             OWN,
             "gone",
-            "--score {}:gone: there is no gone; choose none, exact, contains, regex, number",
+            "--score {}:gone: there is no gone; choose from none, exact, contains, regex, number",
         ),
         ("raise SystemExit", "f", "--score {}:f: SystemExit"),
         ("import nowhere_to_be_found", "f", "--score {}:f: ModuleNotFoundError"),

@@ -1,4 +1,4 @@
-"""A real model, SmolLM2-135M-Instruct: exact beside transformers, and one step of training (-m slow).
+"""A real model, SmolLM2-135M-Instruct: the same as in transformers, and one step of training (-m slow).
 Notebook 05 compiles a context into it."""
 
 import sys

@@ -111,14 +111,14 @@ def test_questions_are_read_line_by_line(run, capsys, monkeypatch):
 
 def test_any_checkpoint_beside_any_base(run, checkpoint, capsys):
     out = talked(capsys, checkpoint, "--base", run, "--ask", "Hi", "--max-new-tokens", "2")
-    assert "There is no one context" in out and "base with context" not in out
+    assert "No single context applies" in out and "base with context" not in out
 
 
 @pytest.mark.parametrize(
     "argv, said",
     [
         (["/nowhere"], "/nowhere"),
-        (["{checkpoint}"], "is no run's export: name its --base"),
+        (["{checkpoint}"], "is not the export of a run: give its --base"),
         (["{run}", "--context-file", "/nowhere.txt"], "/nowhere.txt"),
         (["{run}", "--chat-template-kwargs", "{{"], "Expecting property name"),
     ],

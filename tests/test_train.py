@@ -63,7 +63,7 @@ def same(a, b):
 
 
 def timeless(state):
-    """A complete state less what a clock or the folder's place put into it."""
+    """A complete state without times and paths."""
     result = {
         key: value for key, value in state["result"].items() if key not in ("seconds", "folder")
     }
@@ -72,7 +72,7 @@ def timeless(state):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_report():
-    """The table and the figure have tests of their own."""
+    """The table and the figure have their own tests."""
     with pytest.MonkeyPatch.context() as patch:
         silent = SimpleNamespace(run=lambda *args, **kwargs: None, CalledProcessError=OSError)
         patch.setattr(train, "subprocess", silent)
@@ -97,7 +97,7 @@ def out(reference, tmp_path):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Calls of the loss in a run's loop: (student, rows, its log), for tests that look on or interfere."""
+    """Calls of the loss in a run's loop: (student, rows, its log), for tests that observe or change them."""
     seen, original = [], train.cosd_loss
 
     def cosd_loss(student, rows, chunk=0):
@@ -514,7 +514,7 @@ def test_ctrl_c_and_kill_save_and_say_how_to_go_on(reference, out, monkeypatch, 
     handler = signal.getsignal(number)
     assert main([*TWELVE, "--out", str(out)]) == 130
     err = capsys.readouterr().err
-    assert "stopped after 4 steps" in err and "go on with the same command and --resume" in err
+    assert "stopped after 4 steps" in err and "continue with the same command and --resume" in err
     assert state_of(out, "*.unfinished")["step"] == 4 and signal.getsignal(number) == handler
     assert main([*TWELVE, "--out", str(out), "--resume"]) == 0
     assert same(timeless(state_of(reference)), timeless(state_of(out)))

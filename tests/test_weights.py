@@ -74,7 +74,7 @@ CASES = {
 
 
 def hugging_face_model(family, **changes):
-    """A tiny random model of transformers' own, norms and biases far from their initial values."""
+    """A tiny random model made by transformers, with norms and biases far from their initial values."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         **(GPT2 if family == "GPT2" else LLAMA) | changes
@@ -226,7 +226,7 @@ def test_a_tied_checkpoint_by_whichever_name_it_holds(case, family, tmp_path):
         state["lm_head.weight"] = embedding.clone() + (case == "another head")
     save_file(state, file, metadata={"format": "pt"})
     if case == "another head":  # transformers unties these, whatever the config says
-        with pytest.raises(ValueError, match="a tied head that is another matrix"):
+        with pytest.raises(ValueError, match="the head is tied, but its matrix"):
             GPT.from_pretrained(tmp_path)
         return
     mine = GPT.from_pretrained(tmp_path)
@@ -309,7 +309,7 @@ def test_what_cannot_be_exact_is_refused_by_name(family, changes, message, tmp_p
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_damaged_checkpoints_are_refused_in_one_line(family, norm, dtype, tmp_path):
-    """Of missing weights transformers only warns, and draws them at random; NaN it does not see."""
+    """About missing weights transformers only warns, and initialises them at random; it does not notice NaN."""
     from safetensors.torch import load_file, save_file
 
     hugging_face_model(family).save_pretrained(tmp_path)
@@ -342,7 +342,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_writing_over_the_folder_it_came_from(tmp_path):
-    """The loaded weights lie in the mapped file: it may not be cut off under them."""
+    """The loaded weights are in the mapped file, which must not be truncated under them."""
     hugging_face_model("Llama").save_pretrained(tmp_path)
     model, ids = GPT.from_pretrained(tmp_path), torch.arange(20)[None]
     expected = model(ids)

@@ -1,4 +1,4 @@
-"""Question 8: is a submitted fifth kind a context? Draws come in as plain data; what is trained on them is measure.py's."""
+"""Question 8: is a submitted fifth kind a context? Its draws come in as plain data; measure.py trains on them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ WANTED = {  # draws: how many, held out?, with the keywords that fix C?
 
 
 def draw_all(ask, seed: int) -> dict:
-    """All draws, some of them twice, each in a process of its own; and what the kind's own grade says."""
+    """All draws, some of them twice, each in a process of its own, and the grades that the kind itself gives."""
     rng, drawn = random.Random(f"{seed}/q8"), {}
     for name, (count, heldout, task) in WANTED.items():
         seeds = [rng.getrandbits(40) for _ in range(count)]
         given = dict(seeds=seeds, heldout=heldout, task=task)
         drawn[name] = ask("q8_draw", given)
-        if "out" not in drawn[name]:  # nor will the others
+        if "out" not in drawn[name]:  # the others would fail too
             return drawn
         if name == "mixed":
             drawn["again"] = ask("q8_draw", given | {"seeds": seeds[:50]})
@@ -43,7 +43,7 @@ def readable(example) -> bool:
 
 
 def disorder(drawn: dict) -> str:
-    """Why these are no draws of a kind; empty if they are."""
+    """The reason why these are not valid draws of a kind, or "" if they are."""
     for name, answer in drawn.items():
         if "out" not in answer:
             return f"{name}: {answer.get('error')}"
@@ -54,16 +54,16 @@ def disorder(drawn: dict) -> str:
     mixed, record = drawn["mixed"]["out"]["examples"], drawn["mixed"]["out"]["kind"]
     named = {e["kind"] for name in WANTED for e in drawn[name]["out"]["examples"]}
     if len(named) != 1 or named & KINDS.keys():
-        return f"all examples have one new kind, not {', '.join(map(str, named))}"
+        return f"all examples must have one new kind, not {', '.join(map(str, named))}"
     if drawn["again"]["out"]["examples"] != mixed[:50]:
         return "the same rng must give the same example: everything random comes from `rng`"
     if not (drawn["mixed"]["out"]["is_kind"] == "Kind" and 0 < record["share"] <= 1):
-        return "KIND is a Kind, and its share is above 0"
+        return "KIND must be a Kind with a share above 0 and at most 1"
     if not 0 < record["drop"] < 1:
-        return "drop lies between 0 and 1: the student must be met, too"
+        return "drop must be between 0 and 1: pretraining must also show prompts without C"
     longest = max(len(render(e["context"], e["prompt"]) + encode(e["answer"])) for e in mixed)
     if longest >= 128:
-        return f"the longest example has {longest} tokens: fewer than 128"
+        return f"the longest example has {longest} tokens; it must have fewer than 128"
     prompts, answers = ({e[name] for e in mixed} for name in ("prompt", "answer"))
     if len(prompts) < 20 or len(answers) < 4:
         return f"{len(prompts)} prompts and {len(answers)} answers in all: too few"
@@ -71,21 +71,21 @@ def disorder(drawn: dict) -> str:
     kept |= {e["prompt"] for e in drawn["heldout"]["out"]["examples"]}
     other |= {e["prompt"] for e in drawn["train"]["out"]["examples"]}
     if shared := kept & other:
-        return f"held-out prompts are never others: {min(shared)!r} is both"
+        return f"{min(shared)!r} is both a held-out prompt and another one"
     fixed = {e["context"] for name in ("train", "heldout") for e in drawn[name]["out"]["examples"]}
     if not record["task"] or len(fixed) > len({e["context"] for e in mixed}) / 2:
-        return "with the keywords of `task` there is one context, or few, to be compiled"
+        return "`task` must not be empty, and must fix one context, or few"
     for name, least in (("right", 1), ("wrong", 0)):
         grades = drawn[name]["out"]
         if not all(g["score"] == g["exact"] == least for g in grades):
             return f"grade gives {grades[0]} for a {name} answer"
     if len(str(drawn["mixed"]["out"]["description"]).split()) < 10:
-        return "DESCRIPTION is a sentence of ten words or more"
+        return "DESCRIPTION must be a sentence of ten words or more"
     return ""
 
 
 def told(mixed: list[dict]) -> str:
-    """Where the prompt gives the context or the answer away."""
+    """How the prompt gives the context or the answer away, or ""."""
     for e in mixed:
         if e["context"] in e["prompt"]:
             return f"the context {e['context']!r} is in the prompt {e['prompt']!r}"
@@ -95,7 +95,7 @@ def told(mixed: list[dict]) -> str:
 
 
 def undecided(mixed: list[dict]) -> str:
-    """y depends on C, and on nothing else but x."""
+    """Why y does not depend on C, or depends on more than C and x; else ""."""
     by_prompt, by_both = {}, {}
     for e in mixed:
         by_prompt.setdefault(e["prompt"], set()).add(e["answer"])
@@ -105,7 +105,7 @@ def undecided(mixed: list[dict]) -> str:
     repeated = [answers for answers in by_both.values() if len(answers) > 1]
     same = sum(len(set(answers)) == 1 for answers in repeated)
     if repeated and same < 0.9 * len(repeated):
-        return "the same context and prompt have different answers: what decides is neither"
+        return "the same context and prompt have different answers: something else decides"
     return ""
 
 
@@ -120,14 +120,14 @@ def judge_form(drawn: dict) -> tuple[list[dict], bool]:
         ("the_prompt_does_not_tell", 1, told),
         ("the_context_decides", 2, undecided),
     ):
-        reason = "the draws are not in order" if why else check(mixed)
+        reason = "the draws are not valid" if why else check(mixed)
         score = 0 if reason else points
         parts.append(dict(name=name, points=points, score=score, reasons=[reason] * bool(reason)))
     return parts, not why
 
 
 def judge_training(found: dict) -> list[dict]:
-    """`found`: exact match on held-out prompts: of teacher and student before, of the student after."""
+    """`found`: exact match on held-out prompts, of teacher and student before training and of the student after it."""
     said = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
     teacher, before, after = found["teacher"], found["student"], found["after"]
     beats = teacher >= 0.6 and teacher >= before + 0.3

@@ -1,8 +1,8 @@
 """The graded cases of questions 1 to 5: what goes in, and what must come out.
 
-None of this is ever in a process where submitted code runs (see worker.py). What is right is said here by slow, plain definitions
-in float64, not by the reference's own functions. A part is what `homework.md` gives points for; its cases share them, and each
-case stands or falls alone. Numbers, shapes and prompts are drawn anew for every grading.
+None of this is ever in a process where submitted code runs (see worker.py). The expected outputs come from slow, plain
+definitions in float64, not from the reference's own functions. Each part has points, which its cases share equally, and each
+case is judged separately. Numbers, shapes and prompts are drawn anew for every grading.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
 class Wrong(Exception):
-    """Why an output is not right: one line for the student."""
+    """The reason why an output is wrong, in one line for the student."""
 
 
 @dataclass
@@ -265,7 +265,7 @@ def impossible(name, s, t) -> Case:
         want = plain_divergence(name, a, t[keep])
         near(out["value"], want, f"{name} with −inf logits", 1e-5, 1e-6)
         demand(gradient.isfinite().all(), f"{name} with −inf logits has the gradient {gradient}")
-        demand((gradient[~keep] == 0).all(), "a token that neither can say must get no gradient")
+        demand((gradient[~keep] == 0).all(), "a token with P = Q = 0 must get no gradient")
         (expected,) = torch.autograd.grad(want, a)
         near(worker.plain(gradient[keep]), torch.nan_to_num(expected), "the gradient", 1e-5, 1e-6)
 
@@ -298,7 +298,7 @@ def computed_in_fp32_or_better(rng):
     s, t = normal(rng, 4, 50).float(), normal(rng, 4, 50).float()
 
     def judge(out):
-        demand(out["graph"] == [True, False], "log Q has a gradient, log P none")
+        demand(out["graph"] == [True, False], "log Q must have a gradient, and log P none")
         for got, logits, who in zip(out["pair"], (s, t), ("log Q", "log P")):
             near(got, logits.double().log_softmax(-1), f"under autocast {who}", 1e-5, 1e-5)
 
@@ -535,12 +535,15 @@ def judge_rollout(model, prompts, how, prefix, out):
             said = f"row {b} (a prompt of {len(prompts[b])} tokens)"
             demand(first is None, f"{said} differs from the row alone at its token {first}")
             demand(len(got) == len(row), f"{said} has {len(got)} tokens, should have {len(row)}")
-            demand(mask[b].int().diff().le(0).all(), f"{said}: True up to its end, False after")
-        demand((ids[~mask] == 0).all(), "after a row's end ids are 0")
+            demand(
+                mask[b].int().diff().le(0).all(),
+                f"{said}: the mask must be True up to its end, False after",
+            )
+        demand((ids[~mask] == 0).all(), "after the end of a row, ids must be 0")
         longest = max(map(len, prompts))
         most = len(prompts) * (longest + width) + longest
-        demand(run["read"] <= most, f"{run['read']} tokens were read; {most} are plenty")
-        demand(not run["graph"], "a rollout has no gradient")
+        demand(run["read"] <= most, f"{run['read']} tokens were read; {most} are enough")
+        demand(not run["graph"], "a rollout must not have a gradient")
 
 
 def rollout_case(rng, prompts, count, prefix=(), times=1, eos=None, model=None):
@@ -716,7 +719,7 @@ def system(text):
 def render_case(context, prompt, want):
     def judge(out):
         who = "the student's" if context is None else "the teacher's"
-        demand(isinstance(out, list), f"render returns a list of ids, not {str(out)[:40]}")
+        demand(isinstance(out, list), f"render must return a list of ids, not {str(out)[:40]}")
         for i, (got, wanted) in enumerate(zip(out, want)):
             demand(got == wanted, f"{who} prompt differs at token {i}: {got}, should be {wanted}")
         demand(len(out) == len(want), f"{who} prompt has {len(out)} tokens, not {len(want)}")
@@ -759,22 +762,22 @@ def nothing_is_cut_and_no_marker_smuggled_in(rng):
 def judge_example(kind, row, want, answer, expert, out):
     """`want`: the turns that the teacher reads, as (those of the context, those of x)."""
     e = out["example"]
-    demand(isinstance(e, dict) and "asked" in e, "file_example returns an Example")
+    demand(isinstance(e, dict) and "asked" in e, "file_example must return an Example")
     demand(out["unchanged"], "context, row and shots must stay as they were given")
     demand(e["kind"] == kind, f"the example's kind is {e['kind']!r}, not {kind!r}")
-    demand(e["prompt"] == row["prompt"], "the student reads the prompt as the line has it")
-    demand(e["row"] == row, "the example keeps its line")
+    demand(e["prompt"] == row["prompt"], "the student must read the prompt as it is in the line")
+    demand(e["row"] == row, "the example must keep its line")
     for got, wanted, what in zip((e["context"], e["asked"]), want, ("the context", "x with C")):
         if got == wanted:
             continue
-        demand(wanted is not None, f"without any context it is None, not {got!r}")
-        demand(isinstance(got, list), f"{what} is a list of turns, not {str(got)[:60]}")
+        demand(wanted is not None, f"without any context it must be None, not {got!r}")
+        demand(isinstance(got, list), f"{what} must be a list of turns, not {str(got)[:60]}")
         roles = [[t.get("role") for t in turns] for turns in (got, wanted)]
         demand(roles[0] == roles[1], f"{what} has the turns {roles[0]}, should have {roles[1]}")
         i = next(i for i, pair in enumerate(zip(got, wanted)) if pair[0] != pair[1])
         raise Wrong(f"{what}, turn {i}, is {got[i]!r:.200}, should be {wanted[i]!r:.200}")
-    demand(e["answer"] == answer, f"graded is {e['answer']!r}, should be {answer!r}")
-    demand(e["expert"] == expert, f"imitated is {e['expert']!r}, should be {expert!r}")
+    demand(e["answer"] == answer, f"the answer is {e['answer']!r}, should be {answer!r}")
+    demand(e["expert"] == expert, f"the expert's is {e['expert']!r}, should be {expert!r}")
 
 
 def example_case(kind, context, row, before, asked, shots=(), template=None, said=("", "")):
@@ -943,10 +946,10 @@ def judge_loss(s: Scene, chunk, times, split, bounded, out):
     want = gradients(s.student, expected)
     rows, tolerance = s.rows, dict(rtol=1e-6, atol=1e-8)
     found = [tensor(x, "the loss") for x in out["losses"]]
-    demand(all(x.shape == () for x in found), "the loss is a single number, shape ()")
-    demand(not out["early"], "cosd_loss does not call backward")
+    demand(all(x.shape == () for x in found), "the loss must be a single number, shape ()")
+    demand(not out["early"], "cosd_loss must not call backward")
     demand(out["unchanged"], "ids, mask and weights must stay as they were given")
-    demand(not out["log_graph"], "what is logged has no gradient")
+    demand(not out["log_graph"], "the log must not have a gradient")
     total = sum(x.double() for x in found) / times
     near(worker.plain(total), expected, "the loss", 1e-6, 1e-8)
     if not rows["adapters"]:
@@ -954,7 +957,7 @@ def judge_loss(s: Scene, chunk, times, split, bounded, out):
     else:
         own = {name: g * times for name, g in want.items() if name.endswith((".A", ".B"))}
         same_gradients(out["gradients"], own, 1e-3, 1e-4)  # the factors are fp32
-    demand(not out["teacher"], "gradient into the teacher")
+    demand(not out["teacher"], "gradient flows into the teacher")
     log_q = student_logits.log_softmax(-1)
     entropy = (rows["weights"][rows["mask"]] * -(log_q.exp() * log_q).sum(-1)).sum()
     for name, value in (("loss", expected), ("entropy", entropy)):
@@ -968,8 +971,8 @@ def judge_loss(s: Scene, chunk, times, split, bounded, out):
         width = max(len(p) + n - 1 for p, n in zip(rows["prompts"], rows["mask"].sum(1).tolist()))
         cut = len(rows["shared"])
         most = cut + times * len(rows["prompts"]) * width
-        said = f"the teacher read {out['read']} tokens, {most} suffice: it keeps what is shared"
-        demand(out["read"] <= most, f"{said}, if it is asked by its own method")
+        said = f"the teacher read {out['read']} tokens, {most} are enough: its own method"
+        demand(out["read"] <= most, f"{said} reads what is shared only once")
 
 
 def loss_case(s: Scene, chunk=0, times=1, split=0, bounded=False):
@@ -1045,7 +1048,7 @@ def probabilities_of_the_tokens(rng):
         s = scene(rng, kind)
 
         def judge(out, s=s):
-            demand(not out["graph"], "to look at: no gradient")
+            demand(not out["graph"], "the probabilities must not have a gradient")
             sides = (s.student, s.rows["prompts"]), (s.scorer, s.rows["scorer_prompts"])
             for name, (model, prompts) in zip(("student", "scorer"), sides):
                 states = plain_states(model, prompts, s.rows["ids"], s.rows["mask"])

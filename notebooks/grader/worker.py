@@ -1,14 +1,14 @@
-"""Where a submission runs: a process that maps inputs to outputs, and can reach nothing else.
+"""Where a submission runs: a process that maps inputs to outputs and has no access to anything else.
 
 The grader sends this file, the given code of one question and the submitted file over a pipe; then a few cases at a time come in
-as JSON and their outputs go back as JSON. Here is no test, no expected value, no reference answer to this question.
+as JSON and their outputs go back as JSON. This process has no tests, no expected values and no reference answer to the question.
 
-They run in a child process; where a case ends it or hangs, the next one gets a new child. Before any submitted code runs in it, the child has given up the right to open
-anything, file, socket or pipe (a limit of zero descriptors holds on Linux and macOS, for every user); where the grader is root it
-also stands in an empty folder that is its whole file system, as a user that owns nothing. Memory and time are limited. What a
-child answers is data, which the grader judges elsewhere; what it leaves behind is killed.
+The cases run in a child process; if one ends it or hangs, the next one gets a new child. Before any submitted code runs in it, the
+child has given up the right to open anything, file, socket or pipe (a limit of zero descriptors works on Linux and macOS, for every
+user). If the grader is root, the child also has an empty folder as its whole file system, and is a user that owns nothing. Memory
+and time are limited. A child's answers are data, which the grader judges elsewhere; processes that it leaves behind are killed.
 
-So all imports are made beforehand, by name, as the grader has read them in the submission.
+So everything is imported beforehand, by the names that the grader has read in the submission.
 """
 
 import ctypes
@@ -29,12 +29,12 @@ from dataclasses import asdict, is_dataclass
 import torch
 
 LARGEST_OUTPUT = 16 * 2**20  # bytes
-OPENED_A_FILE = "there is no file, network or import to be had here but what the file imports"
+OPENED_A_FILE = "there are no files, no network and no imports here except those named in your file"
 
 
 # ============================================================================================ numbers as plain data
 def plain(value):
-    """Tensors, dataclasses and containers -> what JSON holds."""
+    """Tensors, dataclasses and containers -> values for JSON."""
     if isinstance(value, torch.Tensor):
         flat = value.detach().double() if value.is_floating_point() else value.detach()
         return {
@@ -52,7 +52,7 @@ def plain(value):
 
 
 def lively(value):
-    """The reverse: what has a dtype becomes a tensor."""
+    """The reverse: a dict with a dtype becomes a tensor."""
     if isinstance(value, dict) and value.keys() == {"dtype", "shape", "values"}:
         tensor = torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]))
         return tensor.reshape(value["shape"])
@@ -62,7 +62,7 @@ def lively(value):
 
 
 def a_model(config, weights, dtype="float64", adapters=None):
-    """The GPT that a case names, with the weights that it brings."""
+    """The GPT that a case describes, with its weights."""
     model = sys.modules["model"]
     gpt = model.GPT(model.GPTConfig(**config)).to(getattr(torch, dtype))
     if adapters:
@@ -76,7 +76,7 @@ def gradients(model):
 
 
 class Counted:
-    """How many tokens a model reads meanwhile: rows times positions, calls of `hidden`."""
+    """Count the tokens that a model reads meanwhile: rows times positions, over all calls of `hidden`."""
 
     def __init__(self, model):
         self.model, self.tokens = model, 0
@@ -193,7 +193,7 @@ def q4_example(theirs, kind, context, template, row, shots):
 
 
 def an_objective(theirs, name, seen):
-    """No divergence of question 1; every one is told from every other, and from itself with its sides changed."""
+    """Objectives beyond question 1; each differs from the others, and from itself with student and teacher swapped."""
 
     def apart(s, t, tokens):
         return ((s - 2 * t) ** 2).sum(-1)
@@ -296,7 +296,7 @@ def q8_grade(theirs, examples, texts):
 
 
 def sealed(_):
-    """What can be opened after all."""
+    """Everything that can be opened after all."""
     opened = []
     for name in ("/", "/proc/self/mem", "/etc/hostname", sys.executable):
         try:
@@ -312,7 +312,7 @@ OPERATIONS = {name: f for name, f in list(globals().items()) if re.match(r"q\d_|
 
 # ==================================================================================== the child: sealed, then it runs
 def seal(uid, megabytes, seconds):
-    """Give up, for good, all that a mapping from inputs to outputs does not need."""
+    """Give up, permanently, every right that a mapping from inputs to outputs does not need."""
     if uid is not None:
         try:  # no network; in a container that may need more rights than root has
             ctypes.CDLL(None).unshare(0x40000000)
@@ -339,7 +339,7 @@ def seal(uid, megabytes, seconds):
 
 
 def run_cases(order, cases, pipe):
-    """In the child. A line of JSON for each case goes into the pipe."""
+    """Runs in the child. Writes a line of JSON for each case into the pipe."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
@@ -394,7 +394,7 @@ def write_frame(sink, value):
 
 
 def wait_for(child, pipe, seconds, count):
-    """-> (the lines of the pipe, why there are no more). Each line has `seconds` to come."""
+    """-> (the lines from the pipe, why there are no more). Each line may take `seconds`."""
     data, lines, until = b"", [], time.monotonic() + seconds
     while len(lines) < count:
         left = until - time.monotonic()
@@ -421,7 +421,7 @@ def wait_for(child, pipe, seconds, count):
 
 
 def clean_up(child):
-    """End the case's process and all that it has started. Where the system lends itself to it, what has run away too."""
+    """End the case's process and everything that it has started; where the system allows it, also detached processes."""
     for end in (os.killpg, os.kill):
         try:
             end(child, signal.SIGKILL)
@@ -445,7 +445,7 @@ def clean_up(child):
 
 
 def answers(order):
-    """A line of JSON for each case, or how it ended the process."""
+    """A line of JSON for each case; it says how the process ended if the case ended it."""
     found, cases = [], order["cases"]
     while len(found) < len(cases):
         left = cases[len(found) :]
@@ -466,7 +466,7 @@ def answers(order):
 
 
 def import_names(names):
-    """What the submission imports, now: later there is nothing to import from."""
+    """Make the submission's imports now, because later no file can be opened."""
     for name in names:
         try:
             importlib.import_module(name)
@@ -475,7 +475,7 @@ def import_names(names):
 
 
 def rehearse(meta):
-    """The kinds of things that are done here: PyTorch imports and reads some of what it needs at first use."""
+    """Do once what cases do, because PyTorch imports and reads some of what it needs only at first use."""
 
     class Twice(torch.autograd.Function):
         @staticmethod
@@ -506,7 +506,7 @@ def rehearse(meta):
 
 
 def what_it_takes(meta):
-    """The modules that a rehearsal imports. It is held in a child: a process that has run a backward pass cannot be forked."""
+    """The modules that a rehearsal imports. It runs in a child, because a process cannot be forked after a backward pass."""
     ours, childs = os.pipe()
     if os.fork() == 0:
         before = set(sys.modules)
@@ -521,7 +521,7 @@ def what_it_takes(meta):
 
 
 def warm_up():
-    """What PyTorch reads from the system at its first use, it reads now."""
+    """Make PyTorch read now what it would read from the system at first use."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x = torch.ones(1, 1, 8, 8, dtype=dtype)
         torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
