@@ -12,6 +12,7 @@ of the same seed see the same prompts in the same order.
 A run leaves one file in OUT/runs, written whole or not at all, and a run that has its file is not made
 again. The file names the code and the data that it comes from by a digest; a file with another digest
 does not count. The page is OUT/real.md with its figure real.png, and real.json has all its numbers.
+Without --out the tables of notebooks/pages/real-model.md are replaced as well.
 """
 
 from __future__ import annotations
@@ -259,7 +260,7 @@ def do(job: dict, options: argparse.Namespace) -> dict:
 
 
 # ================================================================================= 4. the records
-STEPS = {"pirate": 20, "summary": 16, "policy": 20}  # the tasks that are learned
+STEPS = {"pirate": 16, "summary": 14, "policy": 16}  # the tasks that are learned
 
 
 def jobs(options: argparse.Namespace) -> list[dict]:
@@ -268,7 +269,8 @@ def jobs(options: argparse.Namespace) -> list[dict]:
     pairs = [
         (seed, name, who) for seed in range(options.seeds) for name in STEPS for who in METHODS
     ]
-    return [dict(task=name, who="base", seed=0, steps=1) | rest for name in STEPS] + [
+    bases = [dict(task=name, who="base", seed=0, steps=1) | rest for name in STEPS]
+    return bases + [
         dict(task=name, who=who, seed=seed, steps=STEPS[name]) | rest for seed, name, who in pairs
     ]
 
@@ -326,6 +328,7 @@ def make(job: dict, options: argparse.Namespace) -> None:
 
 
 # ==================================================================================== 5. the page
+PAGE = ROOT / "notebooks" / "pages" / "real-model.md"
 WORDS = {
     "base": "base, without context",
     "teacher": "teacher: base, with context",
@@ -435,30 +438,34 @@ def draw(found: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write_page(records: list[dict], out: Path) -> None:
+def write_page(records: list[dict], out: Path) -> dict[str, str]:
+    """Writes the three files, and returns the tables by name."""
     found = numbers_of(records)
     draw(found, out / "real.png")
-    seeds = sorted({r["job"]["seed"] for r in records})
     minutes = sum(r["core seconds"] for r in records) / 60
     about = (
-        f"{len(records)} runs with the seeds {', '.join(map(str, seeds))} in {minutes:.0f} core-minutes, "
-        f"dtype {records[0]['job']['dtype']}; digest of code and data: {records[0]['code']}. "
-        "Two values in a cell are those of two seeds."
+        f"{len(records)} runs in {minutes:.0f} core-minutes, dtype {records[0]['job']['dtype']}. "
+        f"Digest of code and data: {records[0]['code']}. A cell with several values has one for "
+        "each seed, in order."
     )
-    parts = [
-        "# SmolLM2: form and content",
-        "    python notebooks/evidence_real.py",
-        about,
-        "![form, content and old skills](real.png)",
-        score_table(found),
-        cost_table(found),
-        "The first held-out prompts, and the answers of the first seed:",
-        *(answer_table(task, runs) for task, runs in found.items()),
-    ]
-    (out / "real.md").write_text("\n\n".join(parts) + "\n")
+    tables = {"scores": score_table(found), "costs": cost_table(found)}
+    tables |= {task: answer_table(task, runs) for task, runs in found.items()}
+    head = ["# SmolLM2: form and content", "    python notebooks/evidence_real.py", about]
+    (out / "real.md").write_text(
+        "\n\n".join([*head, "![form, content, old skills](real.png)", *tables.values()]) + "\n"
+    )
     lines = [{"job": r["job"], "code": r["code"], "numbers": unsaid(r["numbers"])} for r in records]
     text = ",\n".join(json.dumps(line) for line in lines)
     (out / "real.json").write_text(f"[\n{text}\n]\n")
+    return tables
+
+
+def insert(page: str, tables: dict[str, str]) -> str:
+    """The page with its tables replaced: each stands between <!-- NAME --> and <!-- end -->."""
+    for name, text in tables.items():
+        old = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page = old.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
+    return page
 
 
 def unsaid(numbers):
@@ -498,7 +505,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{missing} of {len(listed)} runs are missing or of other code", file=sys.stderr)
     if not any(record["job"]["who"] in METHODS for record in records):
         return 1
-    write_page(records, options.out)
+    tables = write_page(records, options.out)
+    if options.out == OUT:
+        PAGE.write_text(insert(PAGE.read_text(), tables))
     print(options.out / "real.md")
     return 0
 

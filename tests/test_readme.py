@@ -77,13 +77,6 @@ def test_numbers_of_the_readme_are_those_of_the_committed_runs(name, text):
     assert len(table) > 2 and all(f"\n{row}\n" in text for row in table)
 
 
-@pytest.mark.parametrize("name", ["pirate", "pirate-lora", "plurals", "policy", "sums"])
-def test_numbers_of_the_real_model_are_those_of_the_committed_runs(name):
-    page = (ROOT / "notebooks" / "pages" / "real-model.md").read_text()
-    table = (RESULTS / name / "results.md").read_text().split("\n\n")[0].splitlines()
-    assert len(table) > 2 and all(f"\n{row}\n" in page for row in table)
-
-
 def test_evidence_is_that_of_the_committed_pages():
     """Each row of each table of the page stands in a page that the evidence wrote."""
     page = (ROOT / "notebooks" / "pages" / "evidence.md").read_text()
