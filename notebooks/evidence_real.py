@@ -427,7 +427,8 @@ def draw(found: dict, path: Path) -> None:
                 (value,) = values_of(runs, who)
                 label = WORDS[who] if i == 0 else None
                 axis.hlines(value, i - 0.42, i + 0.42, color="black", linestyle=line, label=label)
-        axis.set(title=title, ylabel=unit, xticks=range(len(found)), xticklabels=list(found))
+        axis.set(title=title, ylabel=unit, xlim=(-0.6, len(found) - 0.4))
+        axis.set_xticks(range(len(found)), list(found))
         axis.axhline(0, color="black", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:2]:
