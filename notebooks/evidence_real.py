@@ -359,16 +359,41 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
+def words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z']+", text.lower()))
+
+
+def experts_words(task: str, runs: dict) -> set[str]:
+    """What the writer of SFT's demonstrations says in four lines or more, and nobody else ever does:
+    not the prompts, not the context, not the base with the context or without."""
+    import collections  # here, so that the runs do not depend on it
+
+    flags = TASKS[task]["flags"]
+    said = [r["demonstration"] for r in contexts.read_prompts(DATA / sft_file(task))]
+    others = [
+        r["prompt"] for n in ("prompts", "heldout") for r in contexts.read_prompts(DATA / flags[n])
+    ]
+    others += [(DATA / flags["context_file"]).read_text()]
+    others += [text for who in ("base", "teacher") for text in runs[who][0]["answers"]["said"]]
+    count = collections.Counter(word for line in said for word in words(line))
+    return {word for word, n in count.items() if n >= 4} - set().union(*map(words, others))
+
+
+def sft_file(task: str) -> str:
+    return TASKS[task].get("sft", TASKS[task]["flags"]["prompts"])
+
+
 def score_table(found: dict) -> str:
     names = {"form": 2, "content": 2, "both": 2, "relevance": 2, "length": 0, "cut_off": 2}
-    rows = [
-        [task, WORDS[who]]
-        + [show([run["answers"][name] for run in runs[who]], n) for name, n in names.items()]
-        for task, runs in found.items()
-        for who in WORDS
-        if who in runs
-    ]
-    heads = ["form", "content", "both", "relevance", "tokens", "cut off"]
+    rows = []
+    for task, runs in found.items():
+        manner = experts_words(task, runs)
+        for who in [who for who in WORDS if who in runs]:
+            answers = [run["answers"] for run in runs[who]]
+            shares = [statistics.fmean(bool(words(t) & manner) for t in a["said"]) for a in answers]
+            cells = [show([a[name] for a in answers], n) for name, n in names.items()]
+            rows.append([task, WORDS[who], *cells, show(shares)])
+    heads = ["form", "content", "both", "relevance", "tokens", "cut off", "expert's words"]
     return table(["task", "whose answers", *heads], rows)
 
 
