@@ -412,7 +412,7 @@ def cost_table(found: dict) -> str:
     return table(["task", "model", "KL to the teacher", "perplexity", *SKILLS], rows)
 
 
-def answer_table(task: str, runs: dict, count: int = 3) -> str:
+def answer_table(task: str, runs: dict, count: int = 2) -> str:
     """The first held-out prompts and what the first seed's models answer."""
     said = [runs[who][0]["answers"]["said"][:count] for who in WORDS if who in runs]
     prompts = contexts.read_prompts(DATA / TASKS[task]["flags"]["heldout"])[:count]
@@ -490,7 +490,7 @@ def insert(page: str, tables: dict[str, str]) -> str:
     """The page with its tables replaced: each stands between <!-- NAME --> and <!-- end -->."""
     for name, text in tables.items():
         old = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page = old.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)
+        page = old.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page)
     return page
 
 

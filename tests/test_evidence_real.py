@@ -203,7 +203,7 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path):
 
 def test_tables_are_inserted_between_their_marks():
     page = "a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- y -->\nkept\n<!-- end -->\n"
-    new = "a\n<!-- x -->\n\n| \\1 |\n\n<!-- end -->\nb\n<!-- y -->\nkept\n<!-- end -->\n"
+    new = "a\n<!-- x -->\n| \\1 |\n<!-- end -->\nb\n<!-- y -->\nkept\n<!-- end -->\n"
     assert real.insert(page, {"x": "| \\1 |", "z": "nowhere"}) == new
     assert real.insert(new, {"x": "| \\1 |"}) == new
 
