@@ -701,12 +701,28 @@ class Silent(ast.NodeTransformer):
         return node if "KINDS" in names else self.generic_visit(node)
 
 
+def nested(node):
+    """A syntax tree as lists, without what is empty. (`ast.dump` differs between versions of Python.)"""
+    if isinstance(node, list):
+        return [nested(n) for n in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    full = [
+        [name, nested(value)] for name, value in ast.iter_fields(node) if value not in (None, [])
+    ]
+    return [type(node).__name__, *full]
+
+
+def said_nothing(file: Path) -> ast.Module:
+    return Silent().visit(ast.parse(file.read_text()))
+
+
 @lru_cache
 def code(function: str, file: str | None = None) -> str:
     """A digest of the code that a job depends on: the four files, and of this one (or `file`) the
     function that does it with every name that it reaches. Changed words of a docstring or a message do
     not count."""
-    tree, named = Silent().visit(ast.parse(Path(file or __file__).read_text())), {}
+    tree, named = said_nothing(Path(file or __file__)), {}
     for node in tree.body:
         targets = getattr(node, "targets", [node])
         for target in targets:
@@ -716,12 +732,12 @@ def code(function: str, file: str | None = None) -> str:
     while todo:
         name = todo.pop()
         if name in named and name not in reached:
-            reached[name] = ast.dump(named[name])
+            reached[name] = nested(named[name])
             todo += [n.id for n in ast.walk(named[name]) if isinstance(n, ast.Name)]
-    text = [reached[name] for name in sorted(reached)]
+    parts = [reached[name] for name in sorted(reached)]
     for name in ("cosd", "model", "contexts", "train"):
-        text.append(ast.dump(Silent().visit(ast.parse((ROOT / f"{name}.py").read_text()))))
-    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:10]
+        parts.append(nested(said_nothing(ROOT / f"{name}.py")))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
 
 
 def slug(job: dict) -> str:

@@ -98,13 +98,6 @@ def test_numbers_of_the_results_page_are_those_of_the_committed_runs(name):
     assert table == report.table(report.committed(name))
 
 
-@pytest.mark.parametrize("name", ["pirate", "pirate-lora", "plurals", "policy", "sums"])
-def test_numbers_of_the_real_model_are_those_of_the_committed_runs(name):
-    page = (ROOT / "notebooks" / "pages" / "real-model.md").read_text()
-    table = (RESULTS / name / "results.md").read_text().split("\n\n")[0].splitlines()
-    assert len(table) > 2 and all(f"\n{row}\n" in page for row in table)
-
-
 @pytest.mark.parametrize("name", ["forgetting", "protection", "teachers"])
 def test_tables_of_the_evidence_are_those_that_it_wrote(name):
     """A page names the table that follows: the experiment, and which of its tables."""
