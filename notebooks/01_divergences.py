@@ -482,7 +482,7 @@ figures.strip(x, [teacher] * len(betas), best_fits, [f"β = {b}" for b in betas]
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# From covering to seeking, and it jumps: up to β = 0.4 the best student covers both modes (width 2.56 to 2.55 and a little more between), from β = 0.45 on it sits on the left mode. Near β = 0, $JSD_\beta$ is β times
+# From covering to seeking, and it jumps: up to β = 0.4 the best student covers both modes (width 2.55), from β = 0.45 on it sits on the left mode. Near β = 0, $JSD_\beta$ is β times
 # forward KL, near 1 it is (1 − β) times reverse KL, as in the right panel of the figure before, and the students are those of the two KLs.
 # </details>
 
@@ -511,7 +511,7 @@ for distance in [0.1, 0.5, 1.0, 2.0]:
 # <details><summary>Answer</summary>
 #
 # Because of the noise. $k_1$ and $k_3$ have the right mean at any distance, $k_2$ only nearby. At distance 0.1 the spread of $k_1$ is twenty times the KL that it
-# measures; that of $k_3$ is about as large as the KL. Far away (distance 2) $k_3$ is the noisier of the two: its $e^{-r}$ has a long tail.
+# measures; that of $k_3$ is one and a half times the KL. Far away (distance 2) $k_3$ is the noisier of the two: its $e^{-r}$ has a long tail.
 # </details>
 
 # %% [markdown]
@@ -615,7 +615,7 @@ for axis, (title, student) in zip(
     bound = [top_k_divergence(student, zipf, k).item() for k in ks]
     top = [student.topk(k).indices for k in ks]
     renormalised = [reverse_kl(student[t], zipf[t]).item() for t in top]  # by the softmax
-    named = {"reverse KL, top k and a tail bucket": bound, "top k, renormalised": renormalised}
+    named = {"top k, renormalised": renormalised, "reverse KL, top k and a tail bucket": bound}
     figures.lines(axis, ks, named, markers=True, scale="log linear", xlabel="k, tokens kept")
     figures.level(axis, exact, "exact reverse KL")
     figures.label(axis, title=f"a student who {title}", ylabel="nats")

@@ -155,7 +155,7 @@ def two_word_maps(grid, values):
         image = axis.contourf(grid, grid, value, levels=levels, cmap="viridis", extend="max")
         marks = {"levels": [0.1, 0.5, 1, 1.5], "colors": "white", "linewidths": 0.8}
         drawn = axis.contour(grid, grid, value, **marks)
-        title = f"{name}, at most {value.max():.2f} nats here"
+        title = f"{name} (at most {value.max():.2f})"
         label(axis, title=title, xlabel="student's probability q", aspect="equal")
     axes[0].set_ylabel("teacher's probability p")
     bar = axes[0].figure.colorbar(image, ax=axes, label="nats", ticks=[0, 0.5, 1, 1.5, 2])
@@ -319,16 +319,16 @@ def sampled(panels_of):
 def meanings(words_and_shares, p, names, example):
     """Left: how often each answer is given to one prompt. Right: each meaning's probability, a dot for every word."""
     left, right = panels(2, width=10, height=2.8, width_ratios=[3, 2])
-    bars(left, *words_and_shares, legend=False, ylabel="share of 400 answers")
+    bars(left, *words_and_shares, ylabel="share of 400 answers")
     level(left, 0.2, "the formula: each of the five meanings ⅕")
-    left.set_title(f"answers to “{example} zorp” without context, T = 1")
+    left.set_title(f"answers to “{example} zorp” without context")
     for i in range(len(names)):
         spread = i + 0.3 * (torch.rand(len(p), generator=torch.Generator().manual_seed(i)) - 0.5)
         right.plot(spread, p[:, i], ".", color="#888888", markersize=2)
         right.plot([i - 0.3, i + 0.3], [p[:, i].mean()] * 2, color="black", linewidth=2)
     right.axhline(0.2, color="black", linestyle=(0, (1, 2)), linewidth=1)
     right.set_xticks(range(len(names)), names)
-    label(right, ylabel="probability", title=f"the same for all {len(p)} words (bars: their mean)")
+    label(right, ylabel="probability", title=f"all {len(p)} words (bars: their mean)")
 
 
 # ============================================================================= 03 four contexts
