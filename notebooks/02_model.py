@@ -279,8 +279,8 @@ assert decode([ids[first - 2]]) == "d" and lost[first - 2] > 0.9  # the d of "li
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# It depends on the letter itself, of course, but just as much on the other letter before it and on "zorp": replacing the l would not seem to matter, since a reversed word begins with its *last* letter, but "zid" or "lzd"
-# are not what the model was shown. In the demonstrations the colon, the space after it and the letters of "var" matter, each only in part: one token alone can be missed, because another says the same.
+# No. It depends fully on the d, but also on "zorp", which says that there is something to look up, and on the i, without which "lzd" is no word that the model has ever seen. The l can go: a reversed word begins
+# with its last letter. In the demonstrations, the separators of the first and a letter of the second matter in part: a single token can often be missed, because another says the same.
 # On which of them the model leans is the habit of this one base; a base from another seed has other habits.
 # </details>
 
@@ -520,7 +520,7 @@ figures.meanings(
 # <details><summary>Answer</summary>
 #
 # Not for "lid": *rotate* has .47 and *reverse* .05. On average over all 660 words it nearly does: the five means lie between .17 and .20, and the missing .07 are answers that no meaning gives. The formula describes the
-# best possible model, and pretraining was finite: each word was met with "zorp" and without context only a few times, with whatever meanings chance gave it, and the network remembers some of that. So for a single word the likeliest
+# best possible model, and pretraining was finite: each word was met with "zorp" and without context 2.7 times on average (2,000 steps × 96 draws × .28 of this kind × .2 without context, over 660 words and 6 new verbs), with whatever meanings chance gave it, and the network remembers some of that. So for a single word the likeliest
 # meaning has .28 on average, and "lid" is one of the extreme words. When notebook 03 speaks of the average over contexts, it is this: right on average, uneven for a single prompt.
 # </details>
 
