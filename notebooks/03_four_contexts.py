@@ -130,9 +130,9 @@ for axis, (kind, (y, student, teacher)) in zip(figures.panels(4, 10, 2.4), rollo
     top = (p + q).topk(3).indices
     both = {"teacher": p[top], "student": q[top]}
     where = f"after “{decode(y[:t].tolist())}”" if t else "first token"
-    figures.bars(axis, [figures.spell(decode([i])) for i in top.tolist()], both, ylim=(0, 1.05))
-    figures.label(axis, legend=kind == "demonstrations", title=f"{LETTER[kind]}: {where}")
-    axis.set_ylabel("probability")
+    letters, legend = [figures.spell(decode([i])) for i in top.tolist()], kind == "specification"
+    figures.bars(axis, letters, both, legend, ylim=(0, 1.05), ylabel="probability")
+    axis.set_title(f"{LETTER[kind]}: {where}")
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
@@ -141,7 +141,7 @@ for axis, (kind, (y, student, teacher)) in zip(figures.panels(4, 10, 2.4), rollo
 # starts with the plain word, the teacher with "certainly". D: the student is careless, the teacher knows the step.
 #
 # The student is no fool: without $C$ its best guess is the average over all contexts that it has met, $p(y \mid x) = \sum_C p(C)\, p(y \mid x, C)$. This base comes close to it on average over many words, but for a single prompt
-# it can be far from it. In A, the rule gives the second letter after "d" two meanings out of three with a v (*swap*, *ends*) and one with an a (*stretch*); the student's bars are .78 and .21.
+# it can be far from it. In A, the rule gives the second letter after "d" two meanings out of three with a v (*swap*, *ends*) and one with an a (*stretch*); the student says v with .78 and a with about .2.
 # Notebook 02, section 6, measures this for all words: there, "lid zorp" has .47 where the formula has .20, and the mean over all words is right.
 # </details>
 
@@ -188,9 +188,10 @@ figures.rollout_film(
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# On one to three tokens; the others are settled. And the teacher does *not* insist. Read D closely: where a letter is wrong in the teacher's eyes, it does not go back to the word that it had in mind, but scores what
-# should follow **after the student's mistake**, and there the two agree again. That is what on-policy means, and what removes exposure
-# bias: the student is taught in the states that it gets itself into.
+# On one to three tokens; the others are settled. And the teacher hardly ever insists. Read D closely: the first letter, h, is wrong in the teacher's eyes, since its solution begins with "iph". Once the h stands there, the teacher does not go back: it scores what
+# should follow **after the student's mistake**, the rest of "hip", and there the two agree. That is what on-policy means, and what removes exposure
+# bias: the student is taught in the states that it gets itself into. But at the beginning of the second word the teacher returns to its solution, "hpi", and wants another h, although reversing the student's own "hip" would have given the p that
+# the student drew. The teacher reads its context; it does not think the student's mistake through.
 # </details>
 
 # %% tags=["answer"]
@@ -261,9 +262,15 @@ width = max(map(len, rows))
 NAMES = ["prompt", "completion: scored", "end token: scored too", "padding: never scored"]
 figures.shift([[decode([i]) for i in ids] for ids in rows], [len(p) for p in prompts], NAMES)
 
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# The first arrow begins at the assistant header, the last token of the prompt: for a prompt of $L$ tokens, completion token $j$ is predicted at position $L - 1 + j$. The end token is scored, or the
+# model would never learn to stop; it need not be read, because nothing follows it.
+# </details>
+
 # %% [markdown]
-# For a prompt of $L$ tokens, completion token $j$ is predicted at position $L - 1 + j$, the first one by the assistant header. The end token is predicted (or the
-# model would never learn to stop) but need not be read. `completion_states` picks exactly these positions. The same logits come out row by row, without any padding:
+# `completion_states` picks exactly these positions. The same logits come out row by row, without any padding:
 
 # %%
 with torch.no_grad():
@@ -618,6 +625,12 @@ before, after = share_right(base, False), share_right(student, False)
 print(f"without context: before {before:.2f}, after {after:.2f}")
 print(f"with context, the base: {share_right(base, True):.2f}")
 assert before < 0.3 < after
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# A share of 0.02 before and 1.00 after, which is what the base reaches with the context in its prompt.
+# </details>
 
 # %% [markdown]
 # The context is in the weights now. Did anything else change there? `train.py` measures that too, as the README's *prior*,

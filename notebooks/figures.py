@@ -352,11 +352,12 @@ def rollout_film(prompt, tokens, choices, student, teacher, divergence):
     """The rollout token by token. `choices[t]`: the names of some tokens; student, teacher: their probabilities."""
     frames = []
     for t in range(len(tokens)):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.7))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3))
         bars(left, [spell(c) for c in choices[t]], {"teacher": teacher[t], "student": student[t]})
         label(left, ylabel="probability", ylim=(0, 1.05))
-        written = "".join(spell(token) for token in tokens[:t]) or "nothing yet"
-        left.set_title(f"{prompt} — written: {written}; the student draws “{spell(tokens[t])}”")
+        written = "".join(spell(token) for token in tokens[:t])
+        left.set_title(f"next token: the student draws “{spell(tokens[t])}”")
+        figure.suptitle(f"{prompt} → {written} …")
         bars(right, [spell(c) for c in tokens], {"forward KL": divergence * (torch.arange(len(tokens)) <= t)}, legend=False)  # fmt: skip
         label(right, False, ylabel="KL(P‖Q), nats", ylim=(0, 1.1 * divergence.max().item()))
         right.set_title("what each position teaches")
@@ -392,8 +393,8 @@ def teachers(curves):
     """{kind of teacher: (steps, 2)}: KL to its teacher, KL to the base with C."""
     axes = panels(len(curves), width=9.5, height=2.7, sharey=True)
     for axis, (kind, curve) in zip(axes, curves.items()):
-        axis.plot(curve[:, 1], color="#D55E00", linestyle="--", label="to the base with C")
-        axis.plot(curve[:, 0], color="black", label="to its own teacher")
+        both = {"to its own teacher": curve[:, 0], "to the base with C": curve[:, 1]}
+        lines(axis, range(len(curve)), both, legend=False)
         label(axis, False, title=f"{kind} teacher", xlabel="step", yscale="log")
     axes[0].set_ylabel("KL(student‖…), nats per token")
     shared_legend(axes)
