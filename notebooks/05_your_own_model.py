@@ -146,7 +146,7 @@ settings = Config(
     prompts="notebooks/data/questions.jsonl",
     heldout="notebooks/data/questions-heldout.jsonl",
     score="notebooks/data/pirate.py:score",
-    steps=16,
+    steps=12,
     lr=1e-4,
     max_new_tokens=16,
     dtype=dtype,
@@ -159,7 +159,7 @@ print(said.getvalue().strip())
 
 # %% [markdown]
 # ## 3. Pre-flight and training
-# The first line compares teacher and student on twelve held-out questions: a context that does not help its own model cannot teach it. Then come 16 steps of 8 questions, in which the student
+# The first line compares teacher and student on twelve held-out questions: a context that does not help its own model cannot teach it. Then come 12 steps of 8 questions, in which the student
 # answers and the frozen teacher scores every token of the answer. This is a run for a laptop, short and with a high learning rate; the README has a longer one on three seeds.
 
 # %% tags=["timing"]
