@@ -161,6 +161,8 @@ print(said.getvalue().strip())
 # ## 3. Pre-flight and training
 # The first line compares teacher and student on twelve held-out questions: a context that does not help its own model cannot teach it. Then come 12 steps of 8 questions, in which the student
 # answers and the frozen teacher scores every token of the answer. This is a run for a laptop, short and with a high learning rate; the README has a longer one on three seeds.
+#
+# **Question.** How many of the twelve answers will be in the voice of a pirate afterwards? And what will the perplexity on plain English, which has nothing to do with pirates, do?
 
 # %% tags=["timing"]
 del model
@@ -181,14 +183,21 @@ figures.label(left, ylabel="nats per token", title="KL(P‖Q) on its own answers
 scores = [grades["score"] for grades in (before["task"], after["task"], before["teacher"])]
 figures.bars(middle, ["before", "after", "teacher"], {"COSD": scores}, False, ylim=(0, 1.05))
 figures.label(middle, ylabel="share of answers", title="held-out questions: speaks pirate")
-figures.bars(right, ["before", "after"], {"COSD": plain}, False, ylabel="perplexity")
+figures.bars(right, ["before", "after"], {"COSD": plain}, False, ylabel="perplexity per token")
 right.set_title("plain English, no prompt")
 print("scores before, after, teacher:", [round(score, 2) for score in scores])
 print(f"KL to the teacher: {before['kl']:.2f} before, {after['kl']:.2f} nats per token after")
 print(f"perplexity on plain English: {plain[0]:.2f} before, {plain[1]:.2f} after")
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# @RESULT@
+# </details>
+
+# %% tags=["answer"]
 assert scores[0] == 0 and scores[1] > 0.5
-assert after["kl"] < before["kl"] / 2
-assert abs(plain[1] / plain[0] - 1) < 0.05
+assert after["kl"] < before["kl"] / 2 and abs(plain[1] / plain[0] - 1) < 0.1
 
 # %% [markdown]
 # ## 4. What it says now
