@@ -56,7 +56,7 @@ def panels(n=1, width=5.5, height=2.7, rows=1, **how):
     return axes
 
 
-def label(axis, legend=True, **texts):
+def label(axis, legend=False, **texts):
     axis.set(**texts)
     if legend and axis.get_legend_handles_labels()[1]:
         axis.legend()
@@ -118,6 +118,7 @@ def picture(path, height=4.0):
     axis = panels(width=11, height=height)
     axis.imshow(plt.imread(path))
     axis.axis("off")
+    plt.show()  # before the tables that follow it
 
 
 def film(frames, milliseconds=1300):
@@ -144,7 +145,7 @@ def stack(axis, x, lower, upper, names, **texts):
         x, lower, lower + upper, facecolor=color, hatch="//", edgecolor="white", label=names[1]
     )
     axis.plot(x, lower + upper, color="black", label=names[2])
-    label(axis, **texts)
+    label(axis, legend=True, **texts)
 
 
 def two_word_maps(grid, values):
@@ -236,8 +237,17 @@ def beta_trap(beta, values, ends):
             point = {"color": color, "linestyle": "", "marker": marker, "clip_on": False}
             axis.plot(at, ends[name], label=text, **point)
         right.plot(beta, y, color=color, linestyle=dashes, label=title)
-    label(left, xlabel="β", ylabel="nats", ylim=(0, None), title="the knob jumps at both ends")
-    label(right, xlabel="β", ylabel="nats", ylim=(0, None), title="divided by its weight, no jump")
+    label(
+        left, True, xlabel="β", ylabel="nats", ylim=(0, None), title="the knob jumps at both ends"
+    )
+    label(
+        right,
+        True,
+        xlabel="β",
+        ylabel="nats",
+        ylim=(0, None),
+        title="divided by its weight, no jump",
+    )
 
 
 def errors(counts, predicted, measured, exact):
@@ -259,7 +269,7 @@ def expected_gradients(gradients, exact):
             how = {"markersize": 7, "markeredgewidth": 2, "color": STYLE[divergence][0]}
             axis.plot(range(4), exact[divergence], marker, label=f"∇ {divergence}", **how)
         axis.axhline(0, color="black", linewidth=0.8)
-        label(axis, False, title=f"E[∇ {name}]", xticks=range(4), xlabel="token's logit")
+        label(axis, title=f"E[∇ {name}]", xticks=range(4), xlabel="token's logit")
     axes[0].set_ylabel("nats per unit of logit")
     shared_legend(axes)
 
@@ -270,7 +280,7 @@ def histograms(named, bins, **texts):
         edge = {"edgecolor": "black", "linewidth": 0.4}
         axis.hist(values, bins=bins, label=name, hatch=hatch, color=color, **edge)
     axis.axvline(0, color="black", linewidth=0.8)
-    label(axis, **texts)
+    label(axis, legend=True, **texts)
 
 
 # ============================================================================= 02 the model
@@ -311,7 +321,7 @@ def sampled(panels_of):
     for axis, (title, (measured, expected)) in zip(axes, panels_of.items()):
         axis.bar(range(len(measured)), measured, color="#888888", label="drawn")
         axis.plot(range(len(expected)), expected, "o", color="black", ms=4, label="expected")
-        label(axis, False, title=title, xlabel="token", xticks=range(0, 10, 3))
+        label(axis, title=title, xlabel="token", xticks=range(0, 10, 3))
     axes[0].set_ylabel("share of draws")
     shared_legend(axes)
 
@@ -359,7 +369,7 @@ def rollout_film(prompt, tokens, choices, student, teacher, divergence):
         left.set_title(f"next token: the student draws “{spell(tokens[t])}”")
         figure.suptitle(f"{prompt} → {written} …")
         bars(right, [spell(c) for c in tokens], {"forward KL": divergence * (torch.arange(len(tokens)) <= t)}, legend=False)  # fmt: skip
-        label(right, False, ylabel="KL(P‖Q), nats", ylim=(0, 1.1 * divergence.max().item()))
+        label(right, ylabel="KL(P‖Q), nats", ylim=(0, 1.1 * divergence.max().item()))
         right.set_title("what each position teaches")
         frames.append(figure)
     film(frames)
@@ -395,7 +405,7 @@ def teachers(curves):
     for axis, (kind, curve) in zip(axes, curves.items()):
         both = {"to its own teacher": curve[:, 0], "to the base with C": curve[:, 1]}
         lines(axis, range(len(curve)), both, legend=False)
-        label(axis, False, title=f"{kind} teacher", xlabel="step", yscale="log")
+        label(axis, title=f"{kind} teacher", xlabel="step", yscale="log")
     axes[0].set_ylabel("KL(student‖…), nats per token")
     shared_legend(axes)
 
@@ -407,7 +417,7 @@ def curves(steps, named, units):
     for axis, (title, unit) in zip(axes, units.items()):
         values = {method: of[title] for method, of in named.items()}
         lines(axis, steps, values, markers=True, legend=False)
-        label(axis, False, title=title, ylabel=unit, xlabel="training step")
+        label(axis, title=title, ylabel=unit, xlabel="training step")
         if unit.startswith("share"):
             axis.set_ylim(-0.05, 1.05)
     shared_legend(axes)
