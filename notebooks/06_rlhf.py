@@ -438,8 +438,8 @@ tables("state", 0, 1, 2)
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# COSD's curves would have to lie clearly above the others, and SFT's start would have to collapse. Neither is seen. Tuning on two verbs, by whatever method, saves RL many steps: 23 to 34 instead of 64 to reach .5. The *way* of tuning makes no difference that four seeds can
-# show: COSD needs 9.13 steps less than SFT, ± 21.09, and ends .06 higher, ± .16. No start collapses; the old skills lost are .003 to .007. And COSD is not closer to the base before RL: 3.45 nats against SFT's 2.64.
+# COSD's curves would have to lie above the others by more than the seeds vary, and the other starts would have to collapse. The first is not shown, the second does not happen. Tuning on two verbs, by whatever method, saves RL many steps: 23 to 34 instead of 64 to reach .5. COSD's curves do lie a little higher, on average:
+# it needs 9.13 steps less than SFT, ± 21.09, and ends .06 higher, ± .16; four seeds cannot tell that from nothing. No start collapses: the old skills lost are .003 to .007. And COSD is not closer to the base before RL, as "mathematically anchored" would have it: it is at 3.45 nats, SFT at 2.64.
 # `notebooks/pages/rlhf.md` says what was run and what else was found: a reward that is hacked, and what does not generalise.
 # </details>
 
