@@ -87,6 +87,7 @@ for name, divergence in THREE.items():
 #
 # No: 0.0851 nats in one direction, 0.0920 in the other. A KL is not a distance. JSD at $\beta = ½$ is symmetric, and much smaller (0.0219), because each side
 # is compared with their mixture, which is close to both.
+#
 # </details>
 
 # %% [markdown]
@@ -186,6 +187,7 @@ figures.two_word_maps(grid, maps)
 #
 # Forward KL punishes a student who rules out what the teacher says: it blows up at the left and right edges. Reverse KL punishes a student who says what the
 # teacher rules out: it blows up at the bottom and the top. JSD stays below log 2 = 0.69 nats everywhere.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -244,6 +246,7 @@ figures.descents(x, teacher, mu, log_sigma.exp(), landscapes, paths, fits)
 # Dark is low. Forward KL has one valley: the student must cover both modes and puts much of its mass between them, where the teacher says next to
 # nothing. Reverse KL has a deep valley at each mode: the student takes the one that it started near and drops the other. JSD has those two valleys and a
 # shallow one that covers both, so it lies between the two KLs.
+#
 # </details>
 
 # %% [markdown]
@@ -295,6 +298,7 @@ figures.strip(x, teachers, made, [f"{d} width{'s' * (d > 1)} apart" for d in dis
 # Up to 4 widths all three students cover both modes, and nearly agree: while the modes overlap, one wide Gaussian is a good match. At 5 widths reverse KL has let go of one mode (.42 of the
 # teacher's mass is all but lost); at 6 JSD has done the same. Forward KL covers at any distance, however empty the middle is. So "mode seeking" is not a property of reverse KL alone, but of
 # reverse KL *and* a teacher that the student cannot match.
+#
 # </details>
 
 # %% [markdown]
@@ -330,6 +334,7 @@ figures.word_tables(letters, shown, nonsense)
 # Forward KL gets the frequency of each letter right and half of the words wrong: "oo" and "tt" are the post's *void regions*. Reverse KL commits to one word
 # and never learns that there were two. This trade exists only where the student cannot match the teacher. Where it can, all
 # three divergences have their minimum, 0, at $Q = P$.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -396,6 +401,7 @@ figures.triangles(words, corners, log_star.exp(), fine, colours, coarse, steps, 
 #
 # Very slowly. (The shade is the square root of the divergence; JSD's arrows are drawn 4.4 times longer.) Along the edges the arrows shrink for all three,
 # because a softmax moves little where probabilities are small. The next section looks at the gradient alone, and there the three differ.
+#
 # </details>
 
 # %% [markdown]
@@ -421,6 +427,7 @@ figures.label(axis, ylabel="norm, nats per unit of logit", title="norm of the gr
 #
 # Only forward KL's, whose gradient is $Q - P$: its norm stays at 1.1. Reverse KL's and JSD's gradients are multiplied by $Q$ and vanish with it (3.6e-7 and 1.6e-7 at $\varepsilon = 10^{-8}$): the
 # student never says the word, so nothing tells it that it should. This is one reason why this project's default is forward KL on the student's own samples.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -445,6 +452,7 @@ print(f"β = 0.001: {values[0]:.4f} nats by the formula; GKD's β = 0: {ends['fo
 #
 # No: the formula goes to 0 at both ends (0.0037 nats at β = 0.001), while GKD's β = 0 is forward KL, 3.6931 nats. Only after division by its weight does the formula tend to the two KLs.
 # So two settings that look alike are two losses that are not: a learning rate that suits one does nothing, or far too much, under the other.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -484,6 +492,7 @@ figures.strip(x, [teacher] * len(betas), best_fits, [f"β = {b}" for b in betas]
 #
 # From covering to seeking, and it jumps: up to β = 0.4 the best student covers both modes (width 2.55), from β = 0.45 on it sits on the left mode. Near β = 0, $JSD_\beta$ is β times
 # forward KL, near 1 it is (1 − β) times reverse KL, as in the right panel of the figure before, and the students are those of the two KLs.
+#
 # </details>
 
 # %% [markdown]
@@ -512,6 +521,7 @@ for distance in [0.1, 0.5, 1.0, 2.0]:
 #
 # Because of the noise. $k_1$ and $k_3$ have the right mean at any distance, $k_2$ only nearby. At distance 0.1 the spread of $k_1$ is twenty times the KL that it
 # measures; that of $k_3$ is one and a half times the KL. Far away (distance 2) $k_3$ is the noisier of the two: its $e^{-r}$ has a long tail.
+#
 # </details>
 
 # %% [markdown]
@@ -564,6 +574,7 @@ figures.expected_gradients(gradients, exact)
 # reverse KL's. So log $k_3$, or better the exact KL, and train with the exact divergence; where only sampled tokens are known, train with
 # `policy_gradient_surrogate`, which is REINFORCE on the reward $-r$. Its *value* means nothing. It must be fed the student's own samples at temperature 1; on
 # anyone else's samples the expectation is another one.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -626,6 +637,7 @@ for axis, (title, student) in zip(
 #
 # No. One word alone is always right after renormalising, so the value at $k = 1$ is 0; and in the right panel the renormalised value rises above the exact one. It
 # can be wrong in either direction.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -648,4 +660,5 @@ assert renormalised[0] == 0 and max(renormalised) > exact
 #    finite: forward KL does not ask about words that the teacher never says.
 # 3. It becomes $\sum_y \tilde Q(y)\, r(y)\, (e_y - Q)$, where $\tilde Q \propto Q^2$ is what is sampled and $e_y$ the one-hot vector of $y$. At temperature 1 a constant in $r$ has no effect, because
 #    $\sum_y Q(y) (e_y - Q) = 0$. Now a constant $c$ adds $c\,(\tilde Q - Q)$: for $c > 0$ a step against it flattens the student, for $c < 0$ it sharpens it, whatever the teacher says.
+#
 # </details>

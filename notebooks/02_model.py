@@ -131,6 +131,7 @@ assert (
 # <details><summary>Answer</summary>
 #
 # In the MLPs, 64 %. Attention, of which one hears more, has 28 %; the vocabulary is so small here that embedding and head need only 8 %.
+#
 # </details>
 
 # %% [markdown]
@@ -186,6 +187,7 @@ figures.label(axis, xlabel="token that is read", ylabel="last module that is use
 #
 # Before any block each token predicts itself, because head and embedding are one matrix. In this model the second letter and the end are the likeliest tokens after block 0 already; the first and the third letter
 # only after block 1. Block 2 makes the model sure. To *find* letters in other places of the text is the work of attention, which comes next.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -282,6 +284,7 @@ assert decode([ids[first - 2]]) == "d" and lost[first - 2] > 0.9  # the d of "li
 # No. It depends fully on the d, but also on "zorp", which says that there is something to look up, and on the i, without which "lzd" is no word that the model has ever seen. The l can go: a reversed word begins
 # with its last letter. In the demonstrations, the separators of the first and a letter of the second matter in part: a single token can often be missed, because another says the same.
 # On which of them the model leans is the habit of this one base; a base from another seed has other habits.
+#
 # </details>
 
 # %% [markdown]
@@ -322,6 +325,7 @@ print({who: f"{number / 300:.0%}" for who, number in follows.items()})
 # It follows the second one: in 85 % of the cases, and the first one never. In the remaining 15 % it answers neither. In pretraining both demonstrations always agreed, so looking at one of them was enough,
 # and this model has learned to look at the last. The formula does not say what is right here: no context $C$ of the world contains a contradiction, so $p(y \mid x, C)$ is defined only by how the network happens to generalise.
 # A teacher is reliable only in the contexts that it was trained to read.
+#
 # </details>
 
 # %% [markdown]
@@ -365,6 +369,7 @@ print(f"400 tokens: {sum(slow_seconds):.1f} s without, {sum(fast_seconds):.1f} s
 #
 # Without the cache it grows with the length, so that the whole text costs the square of its length. With the cache it hardly grows: the matrix products are those of one token,
 # and only attention still looks at all that came before.
+#
 # </details>
 
 # %% [markdown]
@@ -522,6 +527,7 @@ figures.meanings(
 # Not for "lid": *rotate* has .47 and *reverse* .05. On average over all 660 words it nearly does: the five means lie between .17 and .20, and the missing .07 are answers that no meaning gives. The formula describes the
 # best possible model, and pretraining was finite: each word was met with "zorp" and without context 2.7 times on average (2,000 steps × 96 draws × .28 of this kind × .2 without context, over 660 words and 6 new verbs), with whatever meanings chance gave it, and the network remembers some of that. So for a single word the likeliest
 # meaning has .28 on average, and "lid" is one of the extreme words. When notebook 03 speaks of the average over contexts, it is this: right on average, uneven for a single prompt.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -595,4 +601,5 @@ assert said == answer[0].tolist()
 # 2. Without the cache nothing changes: every token still reads all of the text. With it, the first 200 tokens cost one pass, and the curve begins at token 200, as low as before. That pass is
 #    much cheaper than 200 single ones, since a matrix product of 200 rows uses the processor better.
 # 3. Positions have to count from the first real token and not from the start of the row, and attention must be told not to look at the padding (a mask). Right padding needs neither.
+#
 # </details>

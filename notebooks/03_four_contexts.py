@@ -143,6 +143,7 @@ for axis, (kind, (y, student, teacher)) in zip(figures.panels(4, 10, 2.4), rollo
 # The student is no fool: without $C$ its best guess is the average over all contexts that it has met, $p(y \mid x) = \sum_C p(C)\, p(y \mid x, C)$. This base comes close to it on average over many words, but for a single prompt
 # it can be far from it. In A, the rule gives the second letter after "d" two meanings out of three with a v (*swap*, *ends*) and one with an a (*stretch*); the student says v with .78 and a with about .2.
 # Notebook 02, section 6, measures this for all words: there, "lid zorp" has .47 where the formula has .20, and the mean over all words is right.
+#
 # </details>
 
 # %% [markdown]
@@ -192,6 +193,7 @@ figures.rollout_film(
 # should follow **after the student's mistake**, the rest of "hip", and there the two agree. That is what on-policy means, and what removes exposure
 # bias: the student is taught in the states that it gets itself into. But at the beginning of the second word the teacher returns to its solution, "hpi", and wants another h, although reversing the student's own "hip" would have given the p that
 # the student drew. The teacher reads its context; it does not think the student's mistake through.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -237,6 +239,7 @@ for kind, e in examples.items():
 #
 # They are equal up to the error of sampling. (±: standard deviation over answers.) The right side mostly varies less, because at each position it averages over all the tokens that could stand there, while the left side sees one. In B,
 # where one token decides, the difference is largest: 0.47 against 4.24. In C, where the first letter decides and the student hardly ever says "certainly", the two spread alike.
+#
 # </details>
 
 # %% [markdown]
@@ -267,6 +270,7 @@ figures.shift([[decode([i]) for i in ids] for ids in rows], [len(p) for p in pro
 #
 # The first arrow begins at the assistant header, the last token of the prompt: for a prompt of $L$ tokens, completion token $j$ is predicted at position $L - 1 + j$. The end token is scored, or the
 # model would never learn to stop; it need not be read, because nothing follows it.
+#
 # </details>
 
 # %% [markdown]
@@ -306,6 +310,7 @@ for kind, task in tasks.items():
 #
 # For C above all: 88 % of the KL sits on the first token, because the teacher begins with "certainly" and the student does not. In A it is half. In B nothing would be lost, since "sword" is said by both and the
 # verdict comes later. So such a mistake can hide: a test on type B alone would not find it. Real chat templates have more than one token in the header, and there is a trap of another kind; notebook 05 shows it.
+#
 # </details>
 
 # %% [markdown]
@@ -335,6 +340,7 @@ assert torch.allclose(token_weights(mask, "token"), mask / mask.sum())
 # <details><summary>Answer</summary>
 #
 # It vanishes: that completion has no scored token left and does not count at all. The other two share the whole weight, so that the single token that is left of the second counts .50.
+#
 # </details>
 
 # %% [markdown]
@@ -462,6 +468,7 @@ for who, entropies in own.items():
 #
 # What does collapse is a model that learns from something *sharper* than itself: with the logits of its live teacher divided by .8, the entropy falls from 0.39 to 0.001. Practice does this easily without meaning to: by sampling with top-p or at a low
 # temperature and training on the result, or by keeping the best of several answers. Perhaps that is what the post has in mind. Its conclusion stands in any case: a target that is internal *and* superior is what the context is for.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -540,6 +547,7 @@ for kind, (student, teacher, _) in learned.items():
 #
 # The KL to its own teacher can. With a *live* teacher it stays small while the two wander off together: agreement alone proves nothing. A frozen teacher's KL can be trusted, since it is the
 # distance to something that does not move; there the two curves are one. An EMA teacher lies in between, and its rate says where: here it has moved 84 % of the student's way.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -594,6 +602,7 @@ for token, a, b, nats in zip(
 #
 # Nothing went wrong, then. This is on-policy learning at work: the step after a spike teaches the student what to do after such a slip. And because all three runs draw their prompts and tokens from the same seeds, they can slip at the same steps. But never judge a run
 # by the last value of its reverse KL: take a mean over many steps, or look at forward KL or JSD too.
+#
 # </details>
 
 # %% [markdown]
@@ -630,6 +639,7 @@ assert before < 0.3 < after
 # <details><summary>Answer</summary>
 #
 # A share of 0.02 before and 1.00 after, which is what the base reaches with the context in its prompt.
+#
 # </details>
 
 # %% [markdown]
@@ -651,4 +661,5 @@ assert before < 0.3 < after
 # 2. Shifted by one position, student and teacher are still compared with each other, so the loss looks harmless; but it no longer agrees with the loss by hand, and neither do the gradients. Without the weights the loss grows with the
 #    number of tokens in the batch (it is their sum).
 # 3. The agreement with itself stays, and so does the distance to the base with C: the curves of the live teacher do not come back together. There is nothing that could bring them back, since nothing in the loss refers to the base.
+#
 # </details>

@@ -127,6 +127,7 @@ for what, (e, read) in asked.items():
 #
 # Its mannerism: SFT says "verily vet methinks". COSD saw the same phrase in its teacher's context, but the teacher answers as itself, and so does its student. All three still know *reverse*. In the last prompt SFT has dropped the exclamation mark that the style
 # asks for: something has been lost besides.
+#
 # </details>
 
 # %% [markdown]
@@ -179,6 +180,7 @@ for method, r in at_end.items():
 #
 # All three learn the verb, and none of them forgets the known verbs (1.00 each): the damage is elsewhere. Under other contexts SFT loses 0.266 and COSD without anchors 0.180 of what the base did right; their drifts are 0.197 and 0.124 nats per token. COSD does better here, but this is one seed at one learning rate, and it
 # drifts as well: *on-policy* is not a trust region by itself. With anchors 0.008 is lost, at a drift of 0.004. Only they refer to prompts that the new task never touches.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -216,6 +218,7 @@ display(Markdown(table("forgetting")))
 #
 # In B and C: 0.001 and 0.004, as little as COSD. There the expert's answers are what the base itself says in context. In A, where the expert's manner is alien, SFT loses 0.101 and COSD with forward KL 0.008. In D the mean is 0.126, but ± 0.312: three seeds do not tell.
 # So SFT by itself does not forget; SFT on *alien* data does. And look at the rows with replay or anchors: they keep nearly everything in all four columns, for SFT as well as for COSD.
+#
 # </details>
 
 
@@ -237,6 +240,7 @@ display(Markdown(table("razor")))
 # explains 0.90. "Directly proportional" is not what we measure, and the paper itself fits a quadratic function.
 #
 # The KL on the new prompts can fail because it says nothing about other prompts: a model that talks like a pirate *only when it is asked the new question* has a large KL there and has forgotten nothing. The KL on the old prompts is the better judge, and it needs the old prompts.
+#
 # </details>
 
 # %% [markdown]
@@ -271,6 +275,7 @@ for method, objective in objectives.items():
 #
 # Plain SFT pulls with 0.987 nats per unit of logit, the KL to the base takes next to nothing off (0.983), and ASFT pulls with 0.013: it hardly moves words that the student would not say. On alien demonstrations, column A of the table in section 4, ASFT therefore keeps everything and learns next to nothing (score 0.06).
 # And a trust region on the expert's tokens says nothing about other prompts: "SFT + KL to base" still loses 0.072 in A, at a score of only 0.30.
+#
 # </details>
 
 # %% [markdown]
@@ -324,6 +329,7 @@ print(
 #
 # The old skills do: from 0.79 to 0.99 after twenty steps, and to 1.00 after forty. Nothing had been erased; it was a few steps away. The new verb survives in part: 1.00 after twenty steps, 0.77 after sixty, and still falling. The original model, who does not know the verb, was never asked about it, but
 # prompts that resemble it were, and each step moves all weights. Over three seeds, from an SFT that had done more damage, the new verb had fallen to 0.12 ± 0.36 after sixty steps (`notebooks/results/evidence/recovery.md`): recovery and forgetting are the same process, and the verb is now on the losing side.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -343,4 +349,5 @@ assert old[-1] > old[0]
 # 1. Not within 60 steps: at 2e-4 the score of the new verb is 0.08 at the end (drift 0.012), at 1e-4 also 0.08 (drift 0.002). A gentle rate needs more steps, and the table of section 4, which allows for that, still has SFT behind COSD in column A.
 # 2. About the same here: with reverse KL the drift after 60 steps is 0.101, with forward KL 0.124. One seed does not decide; in the table of section 4 the two are alike in A, B and D within their intervals.
 # 3. It learns the verb, 1.00 after 20 steps, and then unlearns it: 0.36 after 30 steps, 0.08 after 40. By step 60 other contexts are obeyed in 0.35 of the cases, and the drift is 0.824. Nothing holds a live teacher, as section 8 of notebook 03 shows.
+#
 # </details>

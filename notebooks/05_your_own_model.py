@@ -100,6 +100,7 @@ for q, without, with_context in zip(questions, ask(model), ask(model, CONTEXT)):
 # <details><summary>Answer</summary>
 #
 # @TEACHER@
+#
 # </details>
 
 # %% [markdown]
@@ -131,6 +132,7 @@ for who, prompt in [("student", student_prompt), ("teacher", teacher_prompt)]:
 # <details><summary>Answer</summary>
 #
 # @BORDER5@
+#
 # </details>
 
 # %% [markdown]
@@ -193,6 +195,7 @@ print(f"perplexity on plain English: {plain[0]:.2f} before, {plain[1]:.2f} after
 # <details><summary>Answer</summary>
 #
 # @RESULT@
+#
 # </details>
 
 # %% tags=["answer"]
@@ -214,6 +217,7 @@ for q, text in zip(questions, ask(tuned)):
 # <details><summary>Answer</summary>
 #
 # @AFTER@
+#
 # </details>
 
 # %% [markdown]
@@ -273,4 +277,5 @@ assert tokenizer.decode(written, skip_special_tokens=True) == ask(tuned)[0]
 # 2. "Arr, arr, arr" must not count. `notebooks/data/pirate.py` is one scorer that was written with this in mind; test yours on such an answer before you train.
 # 3. `python notebooks/plan.py` with the same flags gives the memory. `notebooks/results/pirate-lora` has a run to compare the score with.
 # 4. The run then reports a `drift`, measured on anchor prompts that were held out, and it should stay close to 0. Without anchors nothing in the loss refers to those prompts.
+#
 # </details>

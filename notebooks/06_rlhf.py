@@ -91,6 +91,7 @@ print(f"σ(x − y) = {(x - y).sigmoid():.4f}")
 #
 # Nothing: it stays at 0.7311. Divide numerator and denominator by $e^x$, and what is left is $1 / (1 + e^{-(x-y)}) = \sigma(x-y)$. Only the difference counts, so *no amount of
 # comparisons can tell the level of a reward*.
+#
 # </details>
 
 # %% [markdown]
@@ -173,6 +174,7 @@ assert losses[0] > 0.69 and found["accuracy"] < found["Bayes accuracy"]
 #
 # They are right as often as the preferences follow r*: 0.83, the Bayes rate. The model is right in 0.56 of the cases, hardly more than a coin. It has memorised its hundred pairs (loss 0.092) and is overconfident on others: the held-out loss of 1.076
 # is above the $\log 2 = 0.693$ of knowing nothing. With more pairs its *differences* come nearer to those of r* (section 8); its level stays arbitrary.
+#
 # </details>
 
 # %% [markdown]
@@ -238,6 +240,7 @@ figures.label(
 # <details><summary>Answer</summary>
 #
 # The tilted one, by its definition as the optimum; but best-of-N is never far behind, and its KL stays under the bound $\log N - (N-1)/N$.
+#
 # </details>
 
 # %% [markdown]
@@ -273,6 +276,7 @@ print({name: [round(value, 2) for value in values] for name, values in chosen.it
 #
 # The model's reward can only rise, since it is what is maximised: from −0.37 to 2.75. r* rises too, but little and then no more: from 0.98 to 1.29 at N = 32 and 64. The larger N is, the more the winner is the answer about which the model errs most in the good direction.
 # Section 8 has the same over three draws of preferences and up to N = 256, where r* falls again.
+#
 # </details>
 
 # %% [markdown]
@@ -305,6 +309,7 @@ for i, log in enumerate(raft(student, prompts_of, reward, rounds), 1):
 # <details><summary>Answer</summary>
 #
 # For a while. The model's reward rises in every round, from −0.43 to +1.05. r* rises from 0.96 to 1.35 in the third round and to 1.34 in the fourth: it has stopped. Ten rounds, as in section 8, bring it down to less than it was at the beginning.
+#
 # </details>
 
 # %% [markdown]
@@ -327,6 +332,7 @@ print("GRPO       ", [round(a, 3) for a in advantages(returns, 4, "grpo")[:, 0].
 #
 # Nothing: all advantages would be 0, and the group would be *dead*. GRPO divides by the group's standard deviation, which makes easy and
 # hard prompts count alike; `tests/test_rlhf.py` shows by enumeration that RLOO's gradient is exactly that of E[r], and that GRPO's is another one.
+#
 # </details>
 
 # %% [markdown]
@@ -388,6 +394,7 @@ for name, (spent, true_r, model_r) in found.items():
 #
 # Without a KL the policy earns more of the model's reward (1.80 against 1.54) and less of the true one (0.90 against 1.20, after 1.32 and 1.34 on the way), at 5.0 nats against 2.7. It goes where the reward model has never been asked, and is believed there. "The second term prevents the model from deviating too far from the
 # distribution on which the reward model is accurate", says the lecture.
+#
 # </details>
 
 # %% tags=["answer"]
@@ -421,6 +428,7 @@ tables("over", 0, 3)
 #
 # It is not. RL without a KL first raises r* to 1.63 and then ends at 0.82, below where it began (0.97); with 100 pairs it peaks at 1.43 and ends at 0.99. Ten times the pairs give a higher peak, and no safety. With β = .1 it ends at 1.54 with 1,000 pairs and at 1.23 with 100; RAFT falls to 0.41 in both.
 # Without r* one can watch the KL that has been spent, the reward under a second model that was fitted on other comparisons, and the answers themselves.
+#
 # </details>
 
 # %% [markdown]
@@ -441,6 +449,7 @@ tables("state", 0, 1, 2)
 # COSD's curves would have to lie above the others by more than the seeds vary, and the other starts would have to collapse. The first is not shown, the second does not happen. Tuning on two verbs, by whatever method, saves RL many steps: 23 to 34 instead of 64 to reach .5. COSD's curves do lie a little higher, on average:
 # it needs 9.13 steps less than SFT, ± 21.09, and ends .06 higher, ± .16; four seeds cannot tell that from nothing. No start collapses: the old skills lost are .003 to .007. And COSD is not closer to the base before RL, as "mathematically anchored" would have it: it is at 3.45 nats, SFT at 2.64.
 # `notebooks/pages/rlhf.md` says what was run and what else was found: a reward that is hacked, and what does not generalise.
+#
 # </details>
 
 # %% [markdown]
@@ -459,6 +468,7 @@ tables("feedback", 0)
 # <details><summary>Answer</summary>
 #
 # It comes from pretraining: with a draft in context this base is careful (.97 right), without one it is not. The student goes from .04 to .87 of the three-verb chains. A teacher must know better than its student, not more than the world.
+#
 # </details>
 
 # %% [markdown]
@@ -486,6 +496,7 @@ tables("instruct", 0)
 # <details><summary>Answer</summary>
 #
 # Hardly, until it has seen all other families: 0.00 after none and one, 0.05 and 0.04 after two and three, 0.34 after four, for the decoder; 0.00, 0.00, 0.00, 0.10 and 0.26 for the prefix-LM. So variety helps, as FLAN found, and the choice of mask does not decide. This is one seed.
+#
 # </details>
 
 # %% [markdown]
@@ -515,6 +526,7 @@ tables("learners", 2)
 # <details><summary>Answer</summary>
 #
 # Hardly: the table has cosines between −0.05 and 0.13, which is nearly a right angle at every step and for every method. By this measure the new task neither helps nor hurts the old skills to first order; what is lost comes from the sum of many steps.
+#
 # </details>
 
 
@@ -530,4 +542,5 @@ tables("learners", 2)
 # 1. The second table of section 8 has both: at 1,000 pairs the peak of r* is higher, and without a KL it is followed by a fall all the same.
 # 2. `notebooks/results/rlhf/hacking.md` has three seeds: right last words rise from 0.16 to 0.39, answers whose every step is right only from 0.02 to 0.12 ± 0.30. Most of what is earned is a last word that wrong steps led to, or a guess.
 # 3. Find it by halving and doubling β. The two are not the same objective: a KL that is added to the loss token by token forgets that a token also decides which later positions are reached.
+#
 # </details>
