@@ -99,7 +99,8 @@ for q, without, with_context in zip(questions, ask(model), ask(model, CONTEXT)):
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# @TEACHER@
+# It answers everything in the voice of a pirate, from "Arr, matey!" on. Its answers are as good as a model of this size can make them. "Luna" is a fine name for a cat. The recipe for pancakes ends with "You need to peel the orange", which comes from the third example and not from the question.
+# The last answer is gibberish: "a type of grass called aye". Without the context the model is not much wiser about grass. So expect a student that learns the voice, and do not expect truth from it: it can hardly become better than this teacher.
 #
 # </details>
 
@@ -131,7 +132,10 @@ for who, prompt in [("student", student_prompt), ("teacher", teacher_prompt)]:
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# @BORDER5@
+# The line break, with a probability of 1.00 for both. A rollout that began there would spend its first token on something that both know, and a target that was put there without the line break would train the model on a text that never occurs. Such a loss still falls, so nothing looks wrong.
+# That is why header and answer are both cut out of what the chat template itself writes (`open_chat` in `contexts.py`), and why both prompts end with the very same tokens.
+#
+# By the way: to "Hi" this teacher does not say "Arr" first of all, but "Hello" (0.08), if anything. A greeting is unlike the three questions in its context.
 #
 # </details>
 
@@ -162,7 +166,7 @@ print(said.getvalue().strip())
 # %% [markdown]
 # ## 3. Pre-flight and training
 # The first line compares teacher and student on twelve held-out questions: a context that does not help its own model cannot teach it. Then come 12 steps of 8 questions, in which the student
-# answers and the frozen teacher scores every token of the answer. This is a run for a laptop, short and with a high learning rate; the README has a longer one on three seeds.
+# answers and the frozen teacher scores every token of the answer. This is a run for a laptop, short and with a high learning rate; the README has a longer one on three seeds. (The time that is printed was taken with one thread on a machine that was busy with other work; two free cores need a fraction of it.)
 #
 # **Question.** How many of the twelve answers will be in the voice of a pirate afterwards? And what will the perplexity on plain English, which has nothing to do with pirates, do?
 
@@ -194,7 +198,7 @@ print(f"perplexity on plain English: {plain[0]:.2f} before, {plain[1]:.2f} after
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# @RESULT@
+# 0.83, which is ten of twelve; it was 0 before, and the teacher has 1.00. The KL to the teacher has fallen from 0.91 to 0.35 nats per token. The perplexity stays where it was, 6.71 before and 6.70 after: twelve steps on other texts have not hurt plain English.
 #
 # </details>
 
@@ -216,7 +220,8 @@ for q, text in zip(questions, ask(tuned)):
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
 #
-# @AFTER@
+# It learned the manner: all three answers begin like a pirate's, and none of the three questions is among the examples. What follows is worse than the teacher's answers. "A cat, a cat, a cat" is no name, pancakes are not mashed, and grass is not green because it is called the Green Grass.
+# A score of 0.83 does not contradict this: the scorer asks for the voice and not for the truth. Twelve steps at a high learning rate teach the first words, which are the same in every answer; rollouts of 16 tokens never show the student what comes later. The README's run has 40 steps at half the rate and answers of 24 tokens, and reaches 0.93 ± 0.02 (`notebooks/results/pirate`); the limit is always the teacher.
 #
 # </details>
 
@@ -231,7 +236,7 @@ for entry in (samples[0], samples[-1]):
     print(f"{lines[0].partition(':')[0]}\n  {tokens.strip()[:400]}\n")
 
 # %% [markdown]
-# @SAMPLES@
+# Before training the student's sample is about a city, and the teacher would have written hardly any of its first tokens. After training "Arr, matey!" has nearly the teacher's probabilities. The rest, "The answer, matey, be Italy's!", is nonsense, and the teacher's low probabilities say so. They are what more steps would learn from.
 #
 # ## 5. Anywhere else
 # The export is an ordinary checkpoint. Here it is loaded by transformers, without anything of this project:
