@@ -75,7 +75,9 @@ def bars(axis, ticks, named, legend=True, **texts):
         color, _, _, hatch = style(name, i)
         place = torch.arange(len(ticks)) + wide * (i - (len(named) - 1) / 2)
         edge = {"hatch": hatch, "edgecolor": "white", "linewidth": 0}
-        axis.bar(place, values, 0.95 * wide, color=color, label=name, **edge)
+        values = torch.as_tensor(values, dtype=torch.float64)
+        drawn = values.masked_fill(values.isinf(), float("nan"))  # an infinite bar is left out
+        axis.bar(place, drawn, 0.95 * wide, color=color, label=name, **edge)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(ticks)), ticks)
     label(axis, legend, **texts)
