@@ -58,7 +58,7 @@ def panels(n=1, width=5.5, height=2.7, rows=1, **how):
 
 def label(axis, legend=False, **texts):
     axis.set(**texts)
-    if legend and axis.get_legend_handles_labels()[1]:
+    if (legend or axis.get_legend()) and axis.get_legend_handles_labels()[1]:
         axis.legend()
 
 
