@@ -232,9 +232,7 @@ tilted_curve, points = (list(zip(*curves[name])) for name in ("tilted", "best-of
 axis = figures.panels(width=5.5)
 figures.lines(axis, None, {"tilted policy": tuple(tilted_curve)}, xlim=(-0.1, 4.2))
 axis.plot(*points, "o", color="#D55E00", label="best-of-N, N = 1, 2, 4 … 64")
-figures.label(
-    axis, legend=True, xlabel="KL to the reference, nats per answer", ylabel="E[r], reward"
-)
+figures.label(axis, xlabel="KL to the reference, nats per answer", ylabel="E[r]")
 
 # %% [markdown] tags=["answer"]
 # <details><summary>Answer</summary>
