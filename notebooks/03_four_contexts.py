@@ -561,7 +561,7 @@ assert 0 < length(learned["ema"][1].model) < length(learned["ema"][0])
 
 # %% [markdown]
 # ### The spikes
-# The frozen teacher's curve has spikes near its end: single steps at which the KL is a hundred times that of their neighbours, although nothing changed in between.
+# The frozen teacher's curve has spikes near its end: single steps at which the KL is many times that of their neighbours, although nothing changed in between.
 #
 # **Question.** What can make one batch of sixteen answers so different from the next?
 
