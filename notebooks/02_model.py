@@ -334,7 +334,7 @@ print({who: f"{number / 300:.0%}" for who, number in follows.items()})
 # call and then one token at a time. Here 400 tokens come one by one, as in decoding. The first way reads everything again for each of them; the second reads only the new token. The logits
 # are the same.
 #
-# **Question.** How does the time for one new token grow with the length of the text, without the cache and with it?
+# **Question.** How does the time for one new token grow with the length of the text, without the cache and with it? (The machine was busy with other work when this notebook was built: look at the shape and not at the milliseconds.)
 
 # %%
 torch.manual_seed(0)
