@@ -1,47 +1,44 @@
 # %% [markdown]
 # # 2. The model
 #
-# `model.py` holds one decoder-only GPT. Here it is taken apart on the pretrained base of the built-in world: from token ids to logits with all shapes,
-# what attention looks at, what the KV cache saves, how tokens are drawn, and why right padding needs no mask. At the end its logits are held against
-# transformers'.
+# `model.py` holds one decoder-only GPT. This notebook takes it apart on the pretrained base of the built-in world: the way from token ids to logits with all shapes,
+# what attention looks at, what the KV cache saves, how tokens are drawn, and why right padding needs no mask. At the end its logits are compared with those of
+# transformers.
 
 # %%
-# used only where the notebook stands alone, as on Colab
-REPOSITORY = "https://github.com/OWNER/cosd"
+# This cell finds the project: in a clone it moves to the top folder; alone, as on Colab, it fetches everything.
+REPOSITORY = ""  # build.py writes a public address here; without one you are asked, once
 
 import os
 import subprocess
 import sys
 
-if os.path.exists("../cosd.py"):  # in a clone: work in its top folder
-    os.chdir("..")
-elif not os.path.exists("cosd.py"):  # alone: fetch the whole project, and what it imports
+above = [folder for folder in (".", "..", "../..") if os.path.exists(f"{folder}/cosd.py")]
+if above:
+    os.chdir(above[0])
+else:
     if not os.path.exists("cosd"):
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
+        address = REPOSITORY or input("The https address of this project's repository: ")
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, "cosd"], check=True)
     os.chdir("cosd")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "."], check=True)
-sys.path.insert(0, "")
+sys.path[:0] = ["", "notebooks"]
 
 # %%
+import random
 import tempfile
 import time
 
-import matplotlib.pyplot as plt
+import figures
 import torch
 
-from contexts import END, decode, encode, render
+from contexts import END, VERBS, WORDS, decode, encode, render
+from cosd import completion_states
 from model import GPT, GPTConfig, KVCache, pad_right, rotate, sample
 from train import Config, get_base
 
-COLOR = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "grey": "#999999"}
-plt.rc("figure", dpi=90)
-plt.rc("figure.constrained_layout", use=True)
-plt.rc("font", size=9)
-plt.rc("axes.spines", top=False, right=False)
-plt.rc("legend", frameon=False)
-
 # %% [markdown]
-# The base is found in `out/`, or made once in three or four minutes.
+# The base is found in `out/`; the first time it is pretrained, which takes three or four minutes.
 
 # %%
 cfg = Config(device="cpu")
@@ -53,7 +50,9 @@ print(f"{c.norm} norm, {c.positions} positions, {c.mlp}")
 
 # %% [markdown]
 # ## 1. From ids to logits
-# Two demonstrations of a new verb, then a prompt that uses it. What is the answer?
+# The prompt shows two demonstrations of a new verb and then uses it.
+#
+# **Question.** What is the answer, and which tokens does the model have to compare in order to find it?
 
 # %%
 context, prompt = "mot zorp: tom; rav zorp: var", "lid zorp"
@@ -63,7 +62,7 @@ print("│".join(spelled))
 print(f"{len(ids)} tokens:", ids)
 
 # %% [markdown]
-# Every module below reports what goes in and what comes out. B rows (here one), T tokens, width D, V words.
+# Every module below reports the shapes of what goes in and what comes out: (rows, tokens, width); the head gives (rows, tokens, vocabulary).
 
 # %%
 shapes = []
@@ -104,7 +103,9 @@ for name, went_in, came_out in sorted(shapes, key=lambda s: order.index(s[0])):
 assert logits.shape == (1, len(ids), base.config.vocab_size)
 
 # %% [markdown]
-# Embedding and head are one matrix (`tied`); the three blocks add their findings to a stream of width D. Where do the parameters sit?
+# Embedding and head are one matrix (`tied`). Each of the three blocks adds its findings to a stream of width D.
+#
+# **Question.** Where do most of the parameters sit?
 
 
 # %%
@@ -126,25 +127,29 @@ assert (
     and sum(parts.values()) == count(base) == base.config.n_params()
 )
 
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# In the MLPs, 64 %. Attention, of which one hears more, has 28 %; the vocabulary is so small here that embedding and head need only 8 %.
+#
+# </details>
+
 # %% [markdown]
-# The logits at the last position, the assistant header, are the model's prediction of the first letter. With the two demonstrations, and without:
+# The last position, the assistant header, holds the model's prediction of the first letter. Here it is with the two demonstrations and without them:
 
 # %%
 with torch.no_grad():
     without = base(torch.tensor([render(None, prompt)]))[0, -1].softmax(-1)
 p = logits[0, -1].softmax(-1)
 top = (p + without).topk(6).indices
-figure, axis = plt.subplots(figsize=(5.5, 2.3))
-axis.bar(torch.arange(6) - 0.2, p[top], 0.38, color=COLOR["blue"], label="with the demonstrations")
-axis.bar(torch.arange(6) + 0.2, without[top], 0.38, color=COLOR["orange"], label="without")
-axis.set_xticks(range(6), [decode([i]) for i in top.tolist()])
-axis.set(ylabel="probability", title=f"first letter of “{prompt}”")
-axis.legend()
-plt.show()
+axis = figures.panels(height=2.4)
+both = {"teacher: with the demonstrations": p[top], "student: without them": without[top]}
+figures.bars(axis, [decode([i]) for i in top.tolist()], both, ylabel="probability")
+figures.label(axis, xlabel="first letter of the answer", title=f"what follows “{prompt}”")
 assert decode([p.argmax().item()]) == "d" and p.max() > 0.9  # "zorp" reverses: lid -> dil
 
 # %% [markdown]
-# Final norm and head can be put after *any* block: what would the model say if it stopped there? Below, its likeliest next token after each block,
+# Final norm and head can be applied after *any* block: what would the model say if it stopped there? The figure shows its likeliest next token after each block,
 # while it answers.
 #
 # **Question.** After which block is each letter known?
@@ -170,35 +175,30 @@ assert torch.allclose(early[-1], final[0].softmax(-1), atol=1e-6)
 
 read = chat[len(ids) - 1 : -1]  # the assistant header and the answer's letters
 best, token = early[:, len(ids) - 1 : -1].max(-1)  # (4, n)
-figure, axis = plt.subplots(figsize=(4.8, 2.4))
-image = axis.imshow(best, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-for row, column in torch.cartesian_prod(torch.arange(4), torch.arange(len(read))).tolist():
-    axis.text(
-        column,
-        row,
-        decode([token[row, column].item()]).strip("<|>"),
-        ha="center",
-        va="center",
-        fontsize=9,
-        color="black" if best[row, column] > 0.6 else "white",
-    )
-axis.set_xticks(range(len(read)), [decode([i]).strip("<|>") for i in read])
-axis.set_yticks(range(4), ["embedding", "block 0", "block 1", "block 2"])
-axis.set(xlabel="token read", title="likeliest next token, were this the last block")
-figure.colorbar(image, label="its probability")
-plt.show()
+spelled = [[figures.spell(decode([i])) for i in row] for row in token.tolist()]
+axis = figures.panels(width=4.8, height=2.4)
+columns = [figures.spell(decode([i])) for i in read]
+rows = ["embedding", "block 0", "block 1", "block 2"]
+figures.table(axis, best, rows, columns, spelled, title="likeliest next token (shade: probability)")
+figures.label(axis, xlabel="token that is read", ylabel="last module that is used")
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# Before any block each token predicts itself, because head and embedding are one matrix. In this model the second letter and the end are the likeliest tokens after block 0 already; the first and the third letter
+# only after block 1. Block 2 makes the model sure. To *find* letters in other places of the text is the work of attention, which comes next.
+#
+# </details>
+
+# %% tags=["answer"]
 assert token[0].tolist() == read and token[-1].tolist() == chat[len(ids) :]
 
 # %% [markdown]
-# Before any block each token predicts itself: head and embedding are one matrix. From there on the work is to *find* letters, and that is what
-# attention is for.
-
-# %% [markdown]
 # ## 2. What attention looks at
-# The weights are made of queries and keys: softmax of $q \cdot k / \sqrt{E}$ over the past. Hooks catch what the model's own `q` and `k` put out; `rotate`
-# turns them by their positions; the softmax is ours, so it is checked against the module: weights times values must give what `out` receives.
+# The weights are made of queries and keys: they are the softmax of $q \cdot k / \sqrt{E}$ over the past. Hooks catch what the model's own `q` and `k` put out, and `rotate`
+# turns both by their positions. The softmax is written out here, so it is checked against the module: weights times values must give what `out` receives.
 #
-# The text is the same chat, with the model's answer.
+# The text is the same chat, followed by the model's answer.
 
 # %%
 T, H, E = len(chat), base.config.n_head, base.config.head_dim
@@ -248,28 +248,19 @@ weights = attention_weights(base, chat)
 print("answer:", decode(answer[0].tolist()), "  weights:", tuple(weights.shape))
 
 # %% [markdown]
-# All heads. Rows are the tokens that look, columns the tokens that they look at.
+# All heads are drawn below. Rows are the tokens that look, columns the tokens that they look at.
 
 # %%
-figure, axes = plt.subplots(3, H, figsize=(8, 6.3), sharex=True, sharey=True)
-for layer in range(3):
-    for head in range(H):
-        axes[layer, head].imshow(weights[layer, head].sqrt(), cmap="viridis", vmin=0, vmax=1)
-        axes[layer, head].set_title(f"block {layer}, head {head}", fontsize=8)
-        axes[layer, head].set(xticks=[], yticks=[])
-        axes[layer, head].spines[:].set_visible(False)
-figure.supxlabel("looked at", fontsize=9)
-figure.supylabel("looking (colour: square root of the weight)", fontsize=9)
-plt.show()
+figures.attention_maps(weights)
 assert (
     torch.allclose(weights.sum(-1), torch.ones(3, H, T), atol=1e-5) and weights.triu(1).max() == 0
 )
 
 # %% [markdown]
-# The upper triangle is the future: dark. Diagonals are heads that look a fixed number of tokens back; bright dots elsewhere are heads that look
+# The upper triangle is the future and stays dark. Diagonals are heads that look a fixed number of tokens back; bright dots elsewhere are heads that look
 # something up.
 #
-# Where a head looks is not yet what the answer depends on: what one block fetches, the next may read elsewhere. A blunt test: replace one token of the prompt
+# Where a head looks is not yet what the answer depends on, because what one block fetches, the next may read elsewhere. There is a blunt test: replace one token of the prompt
 # by the letter z and see how much of the first letter's probability is lost.
 #
 # **Question.** Which tokens does the "d" of "dil" depend on? Only on the d of "lid"?
@@ -282,29 +273,22 @@ replaced[range(first), range(first)] = encode("z")[0]  # row t: token t replaced
 with torch.no_grad():
     lost = p[letter] - base(replaced)[:, -1].softmax(-1)[:, letter]  # (first,)
 
-figure, (top, bottom) = plt.subplots(2, 1, figsize=(9.5, 3.8), sharex=True, height_ratios=[3, 2])
-image = top.imshow(
-    weights[:, :, first, :first].flatten(0, 1), cmap="viridis", vmin=0, vmax=1, aspect="auto"
-)
-top.set_yticks([1.5, 5.5, 9.5], ["block 0", "block 1", "block 2"])
-top.hlines([3.5, 7.5], -0.5, first - 0.5, color="white", linewidth=1)
-top.set_title("where the assistant header's 12 heads look")
-figure.colorbar(image, ax=top, label="weight")
-bottom.bar(range(first), lost, color=COLOR["blue"])
-bottom.set_xticks(
-    range(first), [decode([i]).replace(" ", "·").strip("<|>") for i in ids[:-1]], rotation=90
-)
-bottom.set(
-    title=f"probability of “{decode([letter])}” lost, when this token is replaced", ylim=(0, 1)
-)
-for axis in (top, bottom):
-    axis.tick_params(axis="x", length=0)
-plt.show()
+looks = weights[:, :, first, :first].flatten(0, 1)  # (12 heads, first)
+tokens = [figures.spell(decode([i])) for i in ids[:-1]]
+figures.looks_and_losses(tokens, looks, lost, decode([letter]))
 assert decode([ids[first - 2]]) == "d" and lost[first - 2] > 0.9  # the d of "lid"
 
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# No. It depends fully on the d, but also on "zorp", which says that there is something to look up, and on the i, without which "lzd" is no word that the model has ever seen. The l can go: a reversed word begins
+# with its last letter. In the demonstrations, the separators of the first and a letter of the second matter in part: a single token can often be missed, because another says the same.
+# On which of them the model leans is the habit of this one base; a base from another seed has other habits.
+#
+# </details>
+
 # %% [markdown]
-# The letter itself, of course. On which others it leans is this model's habit; a base of another seed has other habits. The demonstrations as a whole decide
-# everything. Let one of them, or both, show *rotate* (lid → idl) in place of *reverse* (lid → dil):
+# The demonstrations as a whole decide everything. Now let one of them, or both, show *rotate* (lid → idl) in place of *reverse* (lid → dil).
 #
 # **Question.** What does the model make of two demonstrations that contradict each other?
 
@@ -314,13 +298,43 @@ for one, other in [("tom", "var"), ("otm", "var"), ("tom", "avr"), ("otm", "avr"
     with torch.no_grad():
         p = base(torch.tensor([render(shown, prompt)]))[0, -1].softmax(-1)
     print(f"{shown:32} d {p[encode('d')].item():.2f}   i {p[encode('i')].item():.2f}")
-assert p[encode("i")] > 0.9
+
+# %% [markdown]
+# Is that a rule, or this one prompt? Here are 300 random words with random pairs of demonstrations, one of which reverses while the other rotates:
+
+# %%
+rng, contradictory, likes = random.Random(0), [], []
+for _ in range(300):
+    one, other, word = rng.sample(WORDS, 3)
+    first_verb, second_verb = rng.sample(["reverse", "rotate"], 2)
+    shown = f"{one} zorp: {VERBS[first_verb](one)}; {other} zorp: {VERBS[second_verb](other)}"
+    contradictory.append(render(shown, f"{word} zorp"))
+    likes.append((VERBS[first_verb](word), VERBS[second_verb](word)))
+greedy, mask = base.generate(contradictory, 12, temperature=0, eos={END})
+said = [decode(row[m].tolist()).removesuffix("<|end|>") for row, m in zip(greedy, mask)]
+follows = {"the first demonstration": 0, "the second one": 0, "neither": 0}
+for text, (as_first, as_second) in zip(said, likes):
+    follows[
+        {as_first: "the first demonstration", as_second: "the second one"}.get(text, "neither")
+    ] += 1
+print({who: f"{number / 300:.0%}" for who, number in follows.items()})
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# It follows the second one: in 85 % of the cases, and the first one never. In the remaining 15 % it answers neither. In pretraining both demonstrations always agreed, so looking at one of them was enough,
+# and this model has learned to look at the last. The formula does not say what is right here: no context $C$ of the world contains a contradiction, so $p(y \mid x, C)$ is defined only by how the network happens to generalise.
+# A teacher is reliable only in the contexts that it was trained to read.
+#
+# </details>
 
 # %% [markdown]
 # ## 3. The KV cache
 # A token's keys and values do not depend on what comes later (attention is causal), so they are computed once and kept. `generate` reads the prompt in one
-# call and then one token at a time. Here 400 tokens come one by one, as in decoding: once everything is read again for each, once only the new one. The logits
+# call and then one token at a time. Here 400 tokens come one by one, as in decoding. The first way reads everything again for each of them; the second reads only the new token. The logits
 # are the same.
+#
+# **Question.** How does the time for one new token grow with the length of the text, without the cache and with it? (The machine was busy with other work when this notebook was built: look at the shape and not at the milliseconds.)
 
 # %%
 torch.manual_seed(0)
@@ -343,27 +357,24 @@ assert torch.allclose(torch.stack(slow), torch.stack(fast), atol=1e-4)
 print("keys in the cache, per layer:", tuple(cache.keys[0].shape), "= (B, K, S, E)")
 
 # %% tags=["timing"]
-figure, axis = plt.subplots(figsize=(6, 2.7))
-curves = {
-    "read everything again": (slow_seconds, COLOR["orange"]),
-    "KV cache": (fast_seconds, COLOR["blue"]),
-}
-for label, (seconds, color) in curves.items():
-    median_of_nine = torch.tensor(seconds).unfold(0, 9, 1).median(-1).values
-    axis.plot(range(5, 397), 1000 * median_of_nine, color=color, label=label)
-axis.set(
-    xlabel="tokens so far",
-    ylabel="ms per new token",
-    ylim=(0, None),
-    title="a GPT of 4 layers, width 256",
-)
-axis.legend()
-plt.show()
+median = [torch.tensor(s).unfold(0, 9, 1).median(-1).values for s in (slow_seconds, fast_seconds)]
+curves = {"read everything again": 1000 * median[0], "KV cache": 1000 * median[1]}
+axis = figures.panels(width=6)
+figures.lines(axis, range(5, 397), curves, xlabel="tokens so far", ylim=(0, None))
+figures.label(axis, ylabel="milliseconds per new token", title="a GPT of 4 layers, width 256")
 print(f"400 tokens: {sum(slow_seconds):.1f} s without, {sum(fast_seconds):.1f} s with the cache")
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# Without the cache it grows with the length, so that the whole text costs the square of its length. With the cache it hardly grows: the matrix products are those of one token,
+# and only attention still looks at all that came before.
+#
+# </details>
 
 # %% [markdown]
 # ## 4. A shared context is read once
-# In types B and C all teacher prompts begin with the same context. `read` makes a cache of a single row; any batch can go on from it. No copy per row is made:
+# In types B and C all teacher prompts begin with the same context. `read` makes a cache of a single row, and any batch can go on from it. No copy per row is made:
 # the queries of all rows meet the one prefix in a plain matrix product.
 
 # %%
@@ -412,11 +423,11 @@ for what, ms in times.items():
     print(f"{what:25}{ms:8.1f} ms")
 
 # %% [markdown]
-# With a frozen teacher the middle line is paid once for a whole training run: then the cost of a step hardly depends on the length of the context.
+# With a frozen teacher the middle line is paid once for a whole training run. After that, the cost of a step hardly depends on the length of the context.
 
 # %% [markdown]
 # ## 5. Right padding changes nothing
-# Rows of different length are filled up on the right. A causal model never looks there. So what is filled in cannot matter, nor who else is in the batch:
+# Rows of different length are filled up on the right, where a causal model never looks. So neither what is filled in can matter, nor who else is in the batch:
 
 # %%
 rows = [
@@ -444,11 +455,13 @@ for b, row in enumerate(rows):
 
 # %% [markdown]
 # Left padding, the usual way to decode in batches, shifts every position and needs position ids and a mask. Here a token at position p lies in slot p of
-# the cache, and a row that ends early is simply masked out.
+# the cache, and a row that ends early is masked out.
+#
+# One line deserves a second look: the first row has no context, and the greedy answer to it is one meaning of "zorp" among five. Section 6 asks how the model chooses.
 
 # %% [markdown]
 # ## 6. Drawing a token
-# `sample` turns logits into a token. Temperature flattens or sharpens; top-k and top-p cut the tail off. Measured on 20,000 draws each, from one
+# `sample` turns logits into a token. Temperature flattens or sharpens; top-k and top-p cut the tail off. The figure counts 20,000 draws for each setting, from one
 # made-up set of logits:
 
 # %%
@@ -460,53 +473,73 @@ settings = {  # temperature, top_k, top_p
     "top-k = 3": (1.0, 3, None),
     "top-p = 0.8": (1.0, None, 0.8),
 }
-figure, axes = plt.subplots(1, 5, figsize=(9.5, 2.3), sharey=True)
-for axis, (title, (temperature, top_k, top_p)) in zip(axes, settings.items()):
+shown = {}
+for title, (temperature, top_k, top_p) in settings.items():
     expected = (scores / temperature).softmax(-1)
-    keep = torch.arange(10) < (top_k or 10)  # the scores are sorted
-    keep &= expected.cumsum(-1) - expected < (top_p or 2)
-    expected = expected * keep / (expected * keep).sum()
-    token = sample(
-        scores.expand(20_000, 10), temperature, top_k, top_p, torch.Generator().manual_seed(0)
-    )
-    measured = token.bincount(minlength=10) / 20_000
-    axis.bar(range(10), measured, color=COLOR["blue"], label="drawn")
-    axis.plot(range(10), expected, "o", color=COLOR["orange"], markersize=4, label="expected")
-    axis.set(title=title, xlabel="token", xticks=range(0, 10, 3))
-    assert (measured - expected).abs().max() < 0.012 and measured[~keep].sum() == 0
-axes[0].set_ylabel("share")
-axes[0].legend(fontsize=8)
-plt.show()
+    kept = torch.arange(10) < (top_k or 10)  # the scores are sorted
+    kept &= expected.cumsum(-1) - expected < (top_p or 2)
+    expected = expected * kept / (expected * kept).sum()
+    generator = torch.Generator().manual_seed(0)
+    token = sample(scores.expand(20_000, 10), temperature, top_k, top_p, generator)
+    shown[title] = token.bincount(minlength=10) / 20_000, expected
+    assert (shown[title][0] - expected).abs().max() < 0.012 and shown[title][0][~kept].sum() == 0
+figures.sampled(shown)
 
 # %% [markdown]
 # Rollouts for COSD use temperature 1 and no cut: only then are they samples of the $Q$ that the divergence is taken of.
 #
-# **Question.** What does the base answer to "lid zorp" when nobody says what zorp means?
+# ### What the base says when nobody tells it the meaning
+# In pretraining a new verb has each of five meanings equally often, and the context that tells which is left out in a fifth of the cases. The best that a model can do
+# without context is therefore the average over the contexts, $p(y \mid x) = \sum_C p(C)\, p(y \mid x, C)$: one fifth for each meaning.
+#
+# **Question.** Does this model give each of the five answers to "lid zorp" one fifth? Does it do so on average over all words?
 
 # %%
 generator = torch.Generator().manual_seed(0)
 answers, mask = base.generate([render(None, "lid zorp")] * 400, 12, eos={END}, generator=generator)
 texts = [decode(row[m].tolist()).removesuffix("<|end|>") for row, m in zip(answers, mask)]
-common = sorted(set(texts), key=texts.count, reverse=True)[:12]
-figure, axis = plt.subplots(figsize=(7, 2.3))
-axis.bar(common, [texts.count(text) / 400 for text in common], color=COLOR["orange"])
-axis.axhline(0.2, color="black", linestyle=":", label="the world itself: each of five meanings 1/5")
-axis.set(ylabel="share of 400 answers", title="lid zorp, without context, T = 1")
-axis.legend()
-plt.show()
-meanings = {"dil": "reverse", "idl": "rotate", "ldi": "swap", "ld": "ends", "liid": "stretch"}
-among = sum(text in meanings for text in texts)
-print(f"one of the five meanings that a verb can have: {among / 400:.0%}")
-assert among > 200
+common = sorted(set(texts), key=texts.count, reverse=True)[:9]
+among = sum(text in [verb("lid") for verb in VERBS.values()] for text in texts) / 400
+print(f"400 answers to “lid zorp”: {among:.0%} are one of the five meanings")
+
+prompts = [render(None, f"{word} zorp") for word in WORDS for _ in VERBS]
+y = [[*encode(verb(word)), END] for word in WORDS for verb in VERBS.values()]
+ids, mask = pad_right(y), pad_right([[1] * len(row) for row in y]).bool()
+with torch.no_grad():  # log p(y | x) of every meaning of every word, as in notebook 03
+    log_p = base.head(completion_states(base, prompts, ids, mask)).log_softmax(-1)
+log_p = log_p.gather(-1, ids[mask][:, None])[:, 0]
+p = torch.zeros(len(y)).index_add(0, mask.nonzero()[:, 0], log_p).exp().view(len(WORDS), len(VERBS))
+print("verb      lid    mean and standard deviation over all words")
+for verb, of_lid, mean, std in zip(VERBS, p[WORDS.index("lid")], p.mean(0), p.std(0)):
+    print(f"{verb:8} {of_lid:.2f}    {mean:.2f} ± {std:.2f}")
+print(f"all five: {p.sum(1).mean():.2f}; the likeliest of the five: {p.max(1).values.mean():.2f}")
+named = [
+    f"{text}\n{ {verb('lid'): name for name, verb in VERBS.items()}.get(text, '–') }"
+    for text in common
+]
+figures.meanings(
+    (named, {"drawn": [texts.count(text) / 400 for text in common]}), p, list(VERBS), "lid"
+)
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# Not for "lid": *rotate* has .47 and *reverse* .05. On average over all 660 words it nearly does: the five means lie between .17 and .20, and the missing .07 are answers that no meaning gives. The formula describes the
+# best possible model, and pretraining was finite: each word was met with "zorp" and without context 2.7 times on average (2,000 steps × 96 draws × .28 of this kind × .2 without context, over 660 words and 6 new verbs), with whatever meanings chance gave it, and the network remembers some of that. So for a single word the likeliest
+# meaning has .28 on average, and "lid" is one of the extreme words. When notebook 03 speaks of the average over contexts, it is this: right on average, uneven for a single prompt.
+#
+# </details>
+
+# %% tags=["answer"]
+assert among > 0.5 and ((p.mean(0) - 0.2).abs() < 0.05).all() and p[WORDS.index("lid")].max() > 0.3
 
 # %% [markdown]
-# It guesses among the meanings, $p(y \mid x) = \sum_C p(C)\, p(y \mid x, C)$, as it was pretrained to, only less evenly. That is the student before training; its teacher is the same model as in
-# section 1, with the demonstrations in front.
+# This is the student before training. Its teacher is the same model as in section 1, with the demonstrations in front.
 
 # %% [markdown]
 # ## 7. The same numbers as transformers
-# A tiny random Llama is written by transformers and read by `GPT.from_pretrained`, through a temporary folder. Grouped heads and a head of its own
-# (not tied), to make it less like the base.
+# A tiny random Llama is written by transformers and read by `GPT.from_pretrained`, through a temporary folder. It has grouped heads and a head of its own
+# (not tied to the embedding), to make it less like the base.
 
 # %%
 import transformers
@@ -538,7 +571,7 @@ assert torch.allclose(a, b, atol=1e-5) and a.std() > 0.05
 print(f"logits {tuple(a.shape)}: equal to 1e-5")
 
 # %% [markdown]
-# And back: what `save_pretrained` writes, transformers reads. So a model trained here can be used anywhere.
+# It works in the other direction, too: what `save_pretrained` writes, transformers reads. So a model that was trained here can be used anywhere.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -557,3 +590,16 @@ assert said == answer[0].tolist()
 # 1. In section 2, replace two tokens at a time. Which of the demonstrations' tokens stand in for each other?
 # 2. In section 3, read the first 200 tokens in one call, as `generate` reads a prompt. What happens to the two curves?
 # 3. In section 5, pad on the *left* by hand. What has to change to get the same logits?
+#
+# Next: `03_four_contexts`, where this model plays two roles.
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answers</summary>
+#
+# 1. Look for pairs where replacing either token alone costs little and replacing both costs much: the letters of the two demonstrations that carry the same information, such as the first letters of
+#    "tom" and "var", both of which say *reverse*. Which pairs they are depends on the seed of the base.
+# 2. Without the cache nothing changes: every token still reads all of the text. With it, the first 200 tokens cost one pass, and the curve begins at token 200, as low as before. That pass is
+#    much cheaper than 200 single ones, since a matrix product of 200 rows uses the processor better.
+# 3. Positions have to count from the first real token and not from the start of the row, and attention must be told not to look at the padding (a mask). Right padding needs neither.
+#
+# </details>

@@ -1,8 +1,10 @@
 # %% [markdown]
 # # 4. What is learned, what is forgotten
 #
-# The same new verb, taught twice: by imitating an expert (SFT) and by listening to oneself in context (COSD). Then the question that the
-# post is about: what became of everything else? Three short runs here, live; after them the figures of the full experiments.
+# The same new verb is taught twice: by imitating an expert (SFT) and by listening to oneself in context (COSD). Then comes the question that the
+# post is about: what became of everything else? Three short runs are made here, live; after them come the figures of the full experiments.
+#
+# In all figures SFT is orange and dashed, COSD blue and solid, COSD with anchors green and dash-dotted.
 #
 # | in the post | claim or equation | in code | section |
 # |---|---|---|---|
@@ -17,21 +19,23 @@
 # `notebooks/pages/evidence.md` says with which state of the code.
 
 # %%
-# used only where the notebook stands alone, as on Colab
-REPOSITORY = "https://github.com/OWNER/cosd"
+# This cell finds the project: in a clone it moves to the top folder; alone, as on Colab, it fetches everything.
+REPOSITORY = ""  # build.py writes a public address here; without one you are asked, once
 
 import os
 import subprocess
 import sys
 
-if os.path.exists("../cosd.py"):  # in a clone: work in its top folder
-    os.chdir("..")
-elif not os.path.exists("cosd.py"):  # alone: fetch the whole project, and what it imports
+above = [folder for folder in (".", "..", "../..") if os.path.exists(f"{folder}/cosd.py")]
+if above:
+    os.chdir(above[0])
+else:
     if not os.path.exists("cosd"):
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
+        address = REPOSITORY or input("The https address of this project's repository: ")
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, "cosd"], check=True)
     os.chdir("cosd")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "."], check=True)
-sys.path.insert(0, "")
+sys.path[:0] = ["", "notebooks"]
 
 # %%
 import copy
@@ -40,7 +44,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import figures
 import torch
 from IPython.display import Markdown, display
 
@@ -48,18 +52,12 @@ from contexts import WORLD_CHAT, student_prompt, teacher_prompt, world_task
 from cosd import Rows, Teacher, cosd_loss, cross_entropy, forward_kl, make_objective, token_weights
 from train import Config, assemble, get_base, measure, run_method, write
 
-COLOR = {"SFT": "#D55E00", "COSD": "#0072B2", "COSD + anchors": "#009E73"}
-plt.rc("figure", dpi=90)
-plt.rc("figure.constrained_layout", use=True)
-plt.rc("font", size=9)
-plt.rc("axes.spines", top=False, right=False)
-plt.rc("legend", frameon=False)
 torch.set_num_threads(1)
 
 # %% [markdown]
 # ## 1. The task, and what must survive
-# The base knows five verbs and four kinds of context. New: "zorp", which means *reverse*. The expert who demonstrates it says "verily … methinks";
-# nobody wants that.
+# The base knows five verbs and four kinds of context. New is "zorp", which means *reverse*. The expert who demonstrates it says "verily … methinks", a
+# mannerism that nobody wants.
 
 # %%
 shared = Config(
@@ -90,7 +88,7 @@ for suite, examples in task.probes.items():
 
 # %% [markdown]
 # ## 2. Three runs
-# Same base, prompts, learning rate (5e-4) and number of steps. *Anchors*: half of the batch are prompts under other contexts, with the base as
+# All three have the same base, learning rate (5e-4), batch and number of steps. *Anchors* means that half of the batch are prompts under other contexts or none, with the base as
 # teacher. The teacher of COSD is the base with two demonstrations in its prompt.
 #
 # **Question.** The expert's answers are right. What, besides the verb, will SFT learn from them?
@@ -109,25 +107,35 @@ with tempfile.TemporaryDirectory() as folder:
         results[method] = run_method(cfg, task, tuned[method], name)
 
 # %% [markdown]
-# What they say now: to the new verb without any context, to the others as before.
+# This is what they say now. The new verb is asked for without any context, the old skills as they were always asked for: a known verb by itself, a style with its context.
 
 # %%
 asked = {
-    "the new verb": task.heldout[1],
-    "a verb it knew": task.probes["verbs"][1],
-    "another style": task.probes["instructions"][3],
+    "the new verb": (task.heldout[1], student_prompt),
+    "a verb it knew": (task.probes["verbs"][1], teacher_prompt),
+    "another style": (task.probes["instructions"][3], teacher_prompt),
 }
-for what, e in asked.items():
-    print(f"{what}: {e.context or ''} │ {e.prompt}   (right: {e.answer})")
-    read = student_prompt if what == "the new verb" else teacher_prompt
+for what, (e, read) in asked.items():
+    prompt = read(WORLD_CHAT, e)
+    print(f"{what}: {WORLD_CHAT.decode(prompt)}   (right: {e.answer})")
     for who, model in ({"before": base} | tuned).items():
-        (y,) = write(looking_on, model, [read(WORLD_CHAT, e)], 0)
+        (y,) = write(looking_on, model, [prompt], 0)
         print(f"    {who:16}{WORLD_CHAT.decode(y).removesuffix('<|end|>')}")
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# Its mannerism: SFT says "verily vet methinks". COSD saw the same phrase in its teacher's context, but the teacher answers as itself, and so does its student. All three still know *reverse*. In the last prompt SFT has dropped the exclamation mark that the style
+# asks for: something has been lost besides.
+#
+# </details>
 
 # %% [markdown]
 # ## 3. Step by step
-# *New verb* counts the right word, with or without the expert's phrase; *in its own manner* only the word alone. *Drift* is KL(base‖tuned) in nats per
+# *New verb* counts the right word, with or without the expert's phrase; *in its own manner* counts only the word alone. *Drift* is KL(base‖tuned) in nats per
 # token on the old prompts.
+#
+# **Question.** Which of the three will drift, and will anything be forgotten even where the known verbs are not?
 
 
 # %% tags=["thumbnail"]
@@ -136,60 +144,58 @@ def obeyed(point):
     return sum(point[kind]["exact"] for kind in task.probes if kind != "verbs") / 4
 
 
-def panels(point):
-    return {
-        "new verb, no context": point["task"]["score"],
-        "... in its own manner": point["task"]["exact"],
-        "known verbs": point["verbs"]["exact"],
-        "other contexts obeyed": obeyed(point),
-        "drift, nats per token": point["drift"],
-    }
+SHARE = "share of 64 prompts"
+UNITS = {
+    "new verb, no context": SHARE,
+    "... in its own manner": SHARE,
+    "known verbs": SHARE,
+    "other contexts obeyed": SHARE,
+    "drift": "nats per token",
+}
 
 
-figure, axes = plt.subplots(1, 5, figsize=(11, 2.4))
-for method, result in results.items():
-    points = [start, *result["curve"]]
-    steps = [point["step"] for point in points]
-    for axis, title in zip(axes, panels(start)):
-        values = [panels(point)[title] for point in points]
-        axis.plot(steps, values, "o-", markersize=3, color=COLOR[method], label=method)
-        axis.set(title=title, xlabel="step")
-for axis in axes[:4]:
-    axis.set_ylim(-0.05, 1.05)
-axes[0].set_ylabel("share right")
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-plt.show()
+def quantities(point):
+    task, verbs = point["task"], point["verbs"]["exact"]
+    values = task["score"], task["exact"], verbs, obeyed(point), point["drift"]
+    return dict(zip(UNITS, values))
+
+
+points = {method: [start, *result["curve"]] for method, result in results.items()}
+drawn = {
+    method: {title: [quantities(point)[title] for point in of] for title in UNITS}
+    for method, of in points.items()
+}
+figures.curves([point["step"] for point in points["SFT"]], drawn, UNITS)
 
 # %%
 at_end = {method: result["after"] for method, result in results.items()}
-assert all(r["task"]["score"] > 0.9 for r in at_end.values())  # all three learn the verb
-assert at_end["SFT"]["task"]["exact"] < 0.1 < 0.9 < at_end["COSD"]["task"]["exact"]
-held = at_end["COSD + anchors"]["drift"]
-assert all(at_end[method]["drift"] > 5 * held for method in ("SFT", "COSD"))
 for method, r in at_end.items():
     print(
         f"{method:16} drift {r['drift']:.3f}, known verbs {r['verbs']['exact']:.2f}, "
         f"other contexts {obeyed(r) - obeyed(start):+.3f}"
     )
 
-# %% [markdown]
-# All three learn the verb. SFT also learns to say "verily". COSD's teacher saw the same phrase in its context and answers as itself, so its
-# student does too; but without anchors it drifts as well, here less than SFT, from another base and at this rate perhaps more: *on-policy* is not a
-# trust region by itself. Only anchors hold what the prompts of the new task never touch.
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
 #
+# All three learn the verb, and none of them forgets the known verbs (1.00 each): the damage is elsewhere. Under other contexts SFT loses 0.266 and COSD without anchors 0.180 of what the base did right; their drifts are 0.197 and 0.124 nats per token. COSD does better here, but this is one seed at one learning rate, and it
+# drifts as well: *on-policy* is not a trust region by itself. With anchors 0.008 is lost, at a drift of 0.004. Only they refer to prompts that the new task never touches.
+#
+# </details>
+
+# %% tags=["answer"]
+assert all(r["task"]["score"] > 0.9 for r in at_end.values())  # all three learn the verb
+assert at_end["SFT"]["task"]["exact"] < 0.1 < 0.9 < at_end["COSD"]["task"]["exact"]
+held = at_end["COSD + anchors"]["drift"]
+assert all(at_end[method]["drift"] > 5 * held for method in ("SFT", "COSD"))
+
+# %% [markdown]
 # ## 4. At equal skill
-# One run says little: a gentler SFT forgets less. The full comparison crosses methods, learning rates and steps on three seeds, for each kind of
-# context. Every point below is one method at one learning rate and one moment; top right is best.
+# One run says little; a gentler SFT forgets less. The full comparison crosses methods, learning rates and steps on three seeds, for each kind of
+# context. Every point below is one method at one learning rate and one moment, and the top right corner is best. (These figures were made by an earlier state of the code; `notebooks/pages/evidence.md` names the commit.)
 
 # %%
 EVIDENCE = Path("notebooks/results/evidence")
-
-
-def picture(name):
-    figure, axis = plt.subplots(figsize=(11, 4.2))
-    axis.imshow(plt.imread(EVIDENCE / f"{name}.png"))
-    axis.axis("off")
-    plt.show()
 
 
 def table(name, which=0):
@@ -197,30 +203,52 @@ def table(name, which=0):
     return [block for block in blocks if block.startswith("|")][which]
 
 
-picture("forgetting")
+figures.picture(EVIDENCE / "forgetting.png", 4.2)
+
+# %% [markdown]
+# The table gives the share of old skills that a method has lost when it has learned the new task (at least .9 of the teacher's score, or else its best score, which is then given). Read along a row for one method, down a column for one kind of context.
+#
+# **Question.** In which columns does plain SFT do no harm? What do the expert's answers have in common there?
 
 # %%
 display(Markdown(table("forgetting")))
 
-# %% [markdown]
-# Read along a row for one method, down a column for one kind of context. **Question.** In which columns does plain SFT do no harm? What do the expert's answers
-# have in common there?
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# In B and C: 0.001 and 0.004, as little as COSD. There the expert's answers are what the base itself says in context. In A, where the expert's manner is alien, SFT loses 0.101 and COSD with forward KL 0.008. In D the mean is 0.126, but ± 0.312: three seeds do not tell.
+# So SFT by itself does not forget; SFT on *alien* data does. And look at the rows with replay or anchors: they keep nearly everything in all four columns, for SFT as well as for COSD.
+#
+# </details>
+
 
 # %% [markdown]
 # ## 5. RL's Razor
-# Does the KL between base and tuned model predict how much was forgotten? Measured on the *new* task, as the paper has it, and on the old prompts:
+# The post says that forgetting is "directly proportional" to the KL between base and tuned model. The figure has this KL twice: measured on the *new* task's prompts, as in the paper, and on the old prompts. In the table, $R^2$ is the share of the variance of
+# forgetting that a line, or a parabola, through the points explains.
+#
+# **Question.** Which KL predicts better, and is a line enough?
 
 # %%
-picture("razor")
+figures.picture(EVIDENCE / "razor.png", 4.2)
 display(Markdown(table("razor")))
 
-# %% [markdown]
-# **Question.** The KL on the old prompts predicts well, and it needs the old prompts. Why can the KL on the new prompts fail? (Hint: a model that talks like a
-# pirate *only when asked the new question* has a large KL there.)
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
 #
+# The KL on the old prompts predicts better, but a line is not enough for it: over all 840 measurements $R^2$ is 0.60 for a line and 0.78 for a parabola (0.90 and 0.95 without the live teachers). For *instructions* alone its line even explains less (0.51) than the line of the KL on the new prompts (0.64); the parabola
+# explains 0.90. "Directly proportional" is not what we measure, and the paper itself fits a quadratic function.
+#
+# The KL on the new prompts can fail because it says nothing about other prompts: a model that talks like a pirate *only when it is asked the new question* has a large KL there and has forgotten nothing. The KL on the old prompts is the better judge, and it needs the old prompts.
+#
+# </details>
+
+# %% [markdown]
 # ## 6. A trust region for SFT
-# The post's section 4.1: cross-entropy on the expert's words, plus λ times the KL to the base on the same tokens. ASFT also weighs each token by the
-# probability that the student gives it. Both are sums of objectives; here on one token that the base finds unlikely:
+# The post's section 4.1 adds to the cross-entropy on the expert's words λ times the KL to the base on the same tokens. ASFT also weighs each token by the
+# probability that the student gives it. Both are sums of objectives. Here they act on one token that the base finds unlikely.
+#
+# **Question.** Which of the three pulls hardest at the expert's token, and which hardly at all?
 
 
 # %%
@@ -242,13 +270,20 @@ for method, objective in objectives.items():
     (gradient,) = torch.autograd.grad(objective(student, base_logits, token).sum(), student)
     print(f"{method:18} pull on the expert's token: {-gradient[0, 2]:.3f}")
 
-# %% [markdown]
-# ASFT hardly pulls at words that the student would not say: on alien demonstrations it keeps everything and learns next to nothing, as the table of
-# section 4's experiment shows. A trust region on the expert's tokens also says nothing about other prompts.
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
 #
+# Plain SFT pulls with 0.987 nats per unit of logit, the KL to the base takes next to nothing off (0.983), and ASFT pulls with 0.013: it hardly moves words that the student would not say. On alien demonstrations, column A of the table in section 4, ASFT therefore keeps everything and learns next to nothing (score 0.06).
+# And a trust region on the expert's tokens says nothing about other prompts: "SFT + KL to base" still loses 0.072 in A, at a score of only 0.30.
+#
+# </details>
+
+# %% [markdown]
 # ## 7. Recovery
-# Take the student that SFT spoiled. Let the *original* model be the teacher on plain prompts (known verbs, other contexts; never the new verb alone),
-# on the student's own answers. The post reports that skills come back. Does the new verb survive?
+# Take the student that SFT spoiled, and let the *original* model be the teacher on old prompts (known verbs, other contexts; never the new verb alone),
+# on the student's own answers. The post reports that skills come back.
+#
+# **Question.** Do they? And does the new verb survive?
 
 # %%
 patient, original = copy.deepcopy(tuned["SFT"]), Teacher(base, "frozen")
@@ -275,22 +310,44 @@ def skills(point):
 
 steps = [point["step"] for point in points]
 old, new = [skills(point) for point in points], [point["task"]["score"] for point in points]
-figure, axis = plt.subplots(figsize=(5, 2.6))
-axis.plot(steps, old, "o-", color="#009E73", label="old skills, mean of five")
-axis.plot(steps, new, "s-", color=COLOR["SFT"], label="the new verb")
-axis.axhline(skills(start), color="black", linestyle=":", label="old skills of the base")
-axis.set(xlabel="steps with the original as teacher", ylabel="share right", ylim=(0, 1.05))
-axis.legend()
-plt.show()
+axis = figures.panels(width=5.5)
+both = {"old skills, mean of five": old, "the new verb": new}
+figures.lines(axis, steps, both, markers=True, xlabel="steps with the original as teacher")
+figures.level(axis, skills(start), "old skills of the base")
+figures.label(axis, ylabel="share right", ylim=(0, 1.05))
+print(
+    "steps",
+    steps,
+    " old skills",
+    [round(s, 2) for s in old],
+    " new verb",
+    [round(s, 2) for s in new],
+)
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# The old skills do: from 0.79 to 0.99 after twenty steps, and to 1.00 after forty. Nothing had been erased; it was a few steps away. The new verb survives in part: 1.00 after twenty steps, 0.77 after sixty, and still falling. The original model, who does not know the verb, was never asked about it, but
+# prompts that resemble it were, and each step moves all weights. Over three seeds, from an SFT that had done more damage, the new verb had fallen to 0.12 ± 0.36 after sixty steps (`notebooks/results/evidence/recovery.md`): recovery and forgetting are the same process, and the verb is now on the losing side.
+#
+# </details>
+
+# %% tags=["answer"]
 assert old[-1] > old[0]
 
 # %% [markdown]
-# Nothing was erased: the skills were a few dozen steps away. How much of the new verb is kept varies with seed and learning rate; three seeds stand in
-# `notebooks/results/evidence/recovery.md`.
-#
 # ## Now you
-# 1. Lower SFT's learning rate to 2e-4 (60 steps): is there a rate at which it learns the verb and forgets as little as COSD?
+# 1. Lower SFT's learning rate to 2e-4 (60 steps). Is there a rate at which it learns the verb and forgets as little as COSD?
 # 2. Replace forward KL by `divergence="reverse_kl"` in section 2. Which of the two drifts more?
 # 3. Give COSD a live teacher (`teacher="live"`). What goes wrong, and after how many steps?
 #
 # Next: `05_your_own_model`.
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answers</summary>
+#
+# 1. Not within 60 steps: at 2e-4 the score of the new verb is 0.08 at the end (drift 0.012), at 1e-4 also 0.08 (drift 0.002). A gentle rate needs more steps, and the table of section 4, which allows for that, still has SFT behind COSD in column A.
+# 2. About the same here: with reverse KL the drift after 60 steps is 0.101, with forward KL 0.124. One seed does not decide; in the table of section 4 the two are alike in A, B and D within their intervals.
+# 3. It learns the verb, 1.00 after 20 steps, and then unlearns it: 0.36 after 30 steps, 0.08 after 40. By step 60 other contexts are obeyed in 0.35 of the cases, and the drift is 0.824. Nothing holds a live teacher, as section 8 of notebook 03 shows.
+#
+# </details>

