@@ -17,8 +17,8 @@ from rlhf_evidence import ENOUGH, pass_at_k
 
 RESULTS = ROOT / "notebooks" / "results" / "rlhf"
 COLORS = {
-    "base": "#666666", "SFT": "#D55E00", "off-policy": "#E69F00", "COSD": "#0072B2", "COSD + anchors": "#009E73",
-    "SFT + replay": "#CC79A7", "RL": "#000000",
+    "base": "#666666", "SFT": "#D55E00", "off-policy": "#CC79A7", "COSD": "#0072B2", "COSD + anchors": "#009E73",
+    "SFT + replay": "#56B4E9", "RL": "#000000",
 }  # fmt: skip
 
 
@@ -324,7 +324,12 @@ def learners(records, plt):
 def feedback(records, plt):
     figure, axis = plt.subplots(figsize=(6.5, 3.8), constrained_layout=True)
     rows = []
-    for name in ("COSD D", "SDPO verdict", "SDPO sibling", "own draft", "RL", "OPSD", "pi-Distill"):
+    looks = {
+        "COSD D": ("#0072B2", "-"), "SDPO verdict": ("#56B4E9", "--"), "SDPO sibling": ("#56B4E9", ":"),
+        "own draft": ("#E69F00", "-."), "RL": ("#000000", "-"), "OPSD": ("#CC79A7", "--"),
+        "pi-Distill": ("#CC79A7", "-"),
+    }  # fmt: skip
+    for name, (color, dashes) in looks.items():
         found = pick(records, experiment="feedback", method=name)
         if not found:
             continue
@@ -337,7 +342,8 @@ def feedback(records, plt):
         row += [across(found, lambda run: run["curve"][0]["exact"]), across(found, last("exact"))]
         row += [across(found, lost_of(FOUR), 3), across(found, lost_of(("feedback", "draft")), 3)]
         rows.append(row + [across(found, last("kl to base"), 1), across(found, last("entropy"))])
-        axis.plot(*mean_curve(found, "step", "exact"), "o-", markersize=3, label=name)
+        curve = mean_curve(found, "step", "exact")
+        axis.plot(*curve, dashes, marker="o", markersize=3, color=color, label=name)
     axis.set(xlabel="step (16 prompts × 8 answers)", ylabel="three verbs, all steps right")
     axis.legend(fontsize=7)
     text = table(

@@ -213,7 +213,9 @@ def test_a_class_copy_has_no_outputs_and_no_answers_and_runs(tmp_path):
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     (tmp_path / "handed_out.py").write_text(code)
     how = {"cwd": NOTEBOOKS / "data", "env": os.environ | {"MPLBACKEND": "Agg"}}
-    subprocess.run([sys.executable, tmp_path / "handed_out.py"], check=True, capture_output=True, **how)
+    subprocess.run(
+        [sys.executable, tmp_path / "handed_out.py"], check=True, capture_output=True, **how
+    )
 
 
 @pytest.mark.parametrize("source", RUNS, ids=name_of)
