@@ -261,11 +261,15 @@ def equal_score(these: Runs, those: Runs) -> list[float]:
     return differences
 
 
-STATES = {"own": "the student's own", "teacher's": "the teacher's", "mistake": "after a mistake"}
+STATES = {
+    "own": "on the student's answers",
+    "teacher's": "on the teacher's answers",
+    "mistake": "after a mistake",
+}
 
 
 def exposure_page(records: list[dict], plt) -> tuple[str, object]:
-    figure, axes = plt.subplots(2, 4, figsize=(12, 5.4), constrained_layout=True)
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6.4), constrained_layout=True)
     rows, ends = [], []
     for line, context in zip(axes, ("demonstrations", "privileged")):
         for name in WRITERS:
@@ -280,8 +284,10 @@ def exposure_page(records: list[dict], plt) -> tuple[str, object]:
             last = [c[-1] for c in curves]
             of_seeds = lambda key, last=last: show([point[key] for point in last], 3)
             difference = [p["own"] - p["teacher's"] for p in last]
+            cosd = select(records, do="exposure", context=context, name="COSD")
+            less = paired(runs, cosd, lambda n: n["curve"][-1]["mistake"]) if name != "COSD" else []
             row = [LETTERS[context], name, show([p["score"] for p in last])]
-            rows.append([*row, *(of_seeds(key) for key in STATES), signed(difference)])
+            rows.append([*row, *map(of_seeds, STATES), signed(difference), signed(less)])
             if context == "privileged":
                 share = [show([p[key] for p in last]) for key in ("recovers", "goes on")]
                 ends.append([name, *share])
@@ -289,10 +295,8 @@ def exposure_page(records: list[dict], plt) -> tuple[str, object]:
             axis.set(title=f"{LETTERS[context]}: {what}", xlabel="steps", yscale="log")
             bare(axis)
         line[0].set_ylabel("KL(teacher‖student), nats per token")
-        line[3].set(
-            title=f"{LETTERS[context]}: ends right after a mistake", xlabel="steps", ylim=(0, 1)
-        )
-        line[3].set_ylabel("share of answers")
+        line[3].set(title=f"{LETTERS[context]}: who recovers", xlabel="steps", ylim=(0, 1))
+        line[3].set_ylabel("share of answers that end right")
         bare(line[3])
     axes[0, 3].set_visible(False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -300,9 +304,9 @@ def exposure_page(records: list[dict], plt) -> tuple[str, object]:
     teachers = select(records, do="exposure", context="privileged", name="COSD")
     ceiling = [show(values(teachers, f"teacher {key}")) for key in ("recovers", "goes on")]
     ends.append(["the teacher, who sees the solution", *ceiling])
-    head = ["", "who writes y", "score", *(f"KL on {what}" for what in STATES.values())]
+    head = ["", "who writes y", "score", *(f"KL {what}" for what in STATES.values())]
     text = "After 100 steps at 2e-4. KL(teacher‖student), nats per token.\n\n"
-    text += table([*head, "own less teacher's"], rows)
+    text += table([*head, "student's less teacher's", "after a mistake, less COSD's"], rows)
     text += "\n\nD, given a wrong first step (the right letters in another order): what the greedy answer ends in.\n\n"
     return text + table(
         ["who wrote y", "the right word", "what follows from the mistake"], ends
