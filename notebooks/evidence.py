@@ -600,8 +600,7 @@ def jobs_of(experiment: str, seed: int) -> list[dict]:
         at((5e-4,), CARELESS, KINDS)
         at((5e-4,), BAND_AIDS, (A,))
     elif experiment == "onoff":
-        distilled = {name: WRITERS[name] for name in ("off-policy", "GKD", "COSD")}
-        at(RATES, distilled, (A, C, D))
+        at(RATES, WRITERS, (A, C, D))
     elif experiment == "anchors":
         at((5e-4,), {"SFT": WRITERS["SFT"], "COSD": WRITERS["COSD"]} | CARELESS | SHARES, (A, C))
     elif experiment == "lora":

@@ -146,13 +146,17 @@ def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
     ways = [(name, lr) for name in WRITERS for lr in RATES]
     ways += [(name, 2e-4) for name in MIDDLE] + [(name, 5e-4) for name in CARELESS | BAND_AIDS]
     figure, axes = plt.subplots(1, 4, figsize=(11, 7), sharey=True, constrained_layout=True)
-    short, full, there = [], [], []
+    short, less, full, there = [], [], [], []
+    first = lambda runs: {seed: n for seed, n in runs.items() if seed < 3}  # `onoff` has more
     for method, lr in ways:
-        row = [method, f"{lr:g}"]
+        row, difference = [method, f"{lr:g}"], [method, f"{lr:g}"]
         for context in KINDS:
-            runs = select(records, context=context, method=method, settings=settings_of(method, lr))
-            runs = {seed: n for seed, n in runs.items() if seed < 3}
+            wanted = dict(context=context, method=method, settings=settings_of(method, lr))
+            runs = first(select(records, **wanted))
+            cosd = dict(context=context, method="COSD", settings=settings_of("COSD", lr))
+            pairs = paired(runs, first(select(records, **cosd)), lambda n: n["lost"])
             row.append(counted(runs, "lost", 3) if runs else "")
+            difference.append(signed(pairs) if runs else "")
             if not runs:
                 continue
             full.append(
@@ -164,14 +168,15 @@ def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
         if any(row[2:]):
             short.append(row)
             there.append((method, lr))
+            if method != "COSD":
+                less.append(difference)
     for axis, context in zip(axes, KINDS):
         for y, (method, lr) in enumerate(there):
-            runs = select(records, context=context, method=method, settings=settings_of(method, lr))
-            for seed, n in runs.items():
-                if seed < 3:
-                    learned = n["score"] >= ENOUGH * n["teacher"]
-                    color = COLORS[family(method)]
-                    axis.plot(n["lost"], y, "o", color=color, mfc=color if learned else "white")
+            wanted = dict(context=context, method=method, settings=settings_of(method, lr))
+            for n in first(select(records, **wanted)).values():
+                learned = n["score"] >= ENOUGH * n["teacher"]
+                color = COLORS[family(method)]
+                axis.plot(n["lost"], y, "o", color=color, mfc=color if learned else "white")
         axis.set(
             title=f"{LETTERS[context]}  {context}", xlim=(-0.03, 1.0), xlabel="exact match lost"
         )
@@ -182,11 +187,13 @@ def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
     figure.suptitle(
         "Old skills lost after 100 steps; a point a seed, hollow: below .9 of the teacher on the new task"
     )
-    first = ["method", "lr", *(f"{LETTERS[context]} {context}" for context in KINDS)]
+    short_head = ["method", "lr", *(f"{LETTERS[context]} {context}" for context in KINDS)]
     head = ["", "method", "lr", "score", "exact", "steps to .9", "lost at .9", "lost at the end"]
     text = (
         "Old skills lost (mean change of exact match over five suites) where the new task first scores .9 of the teacher.\n\n"
-        + table(first, short)
+        + table(short_head, short)
+        + "\n\nOld skills lost after 100 steps, less what COSD (forward KL, frozen teacher, no anchors) loses at the same rate, in pairs.\n\n"
+        + table(short_head, less)
         + "\n\nEverything, at the end of 100 steps where nothing else is said.\n\n"
         + table([*head, "drift, old prompts", "KL, new prompts"], full)
     )
@@ -198,19 +205,20 @@ def settings_of(method: str, lr: float) -> dict:
 
 
 def onoff_page(records: list[dict], plt) -> tuple[str, object]:
-    """Off-policy and GKD, each less COSD, in pairs."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, constrained_layout=True)
+    """SFT, off-policy and GKD, each less COSD, in pairs."""
+    others = ("SFT", "off-policy", "GKD")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True, constrained_layout=True)
     learned, kept = [], []
     for axis, context in zip(axes, ("demonstrations", "instructions", "privileged")):
         for i, lr in enumerate(RATES):
             runs = {}
-            for method in ("COSD", "off-policy", "GKD"):
+            for method in ("COSD", *others):
                 wanted = dict(context=context, method=method, settings=settings_of(method, lr))
                 runs[method] = select(records, **wanted)
             head = [LETTERS[context], f"{lr:g}"]
             row, other = [*head, show(values(runs["COSD"], "score"))], [*head]
             other.append(show(values(runs["COSD"], "lost"), 3))
-            for j, method in enumerate(("off-policy", "GKD")):
+            for j, method in enumerate(others):
                 pair = runs[method], runs["COSD"]
                 row.append(signed(paired(*pair, lambda n: n["curve"][0]["score"]), 2))
                 row.append(signed(paired(*pair, lambda n: n["score"]), 2))
@@ -220,7 +228,7 @@ def onoff_page(records: list[dict], plt) -> tuple[str, object]:
                 for k, (differences, mark) in enumerate(((steps, "s"), (score, "o"))):
                     if not differences:
                         continue
-                    x = i + (j - 0.5) * 0.4 + (k - 0.5) * 0.16
+                    x = i + (j - 1) * 0.28 + (k - 0.5) * 0.12
                     mean, half = interval(differences)
                     color = COLORS[method]
                     axis.plot([x] * len(differences), differences, ".", color=color, alpha=0.35)
@@ -243,7 +251,7 @@ def onoff_page(records: list[dict], plt) -> tuple[str, object]:
     axes[2].legend(frameon=False, fontsize=7)
     one = ["", "lr", "COSD: score at the end"]
     two = ["", "lr", "COSD: lost at the end"]
-    for method in ("off-policy", "GKD"):
+    for method in others:
         one += [f"{method} less COSD: after 25 steps", "at the end"]
         two += [f"{method} less COSD: at equal steps", "at equal score"]
     text = "Score on the new task, without context.\n\n" + table(one, learned)
@@ -372,6 +380,8 @@ def rote_page(records: list[dict], plt) -> tuple[str, object]:
     for method, lr in ways:
         wanted = dict(method=method, settings=settings_of(method, lr))
         b, d = (select(records, context=context, **wanted) for context in (evidence.B, evidence.D))
+        if not b:
+            continue
         row = [method, f"{lr:g}", show([n["beyond"]["trained"] for n in b.values()])]
         row += [show(values(b, "score"))]
         by_length = [[n["beyond"][name] for n in d.values()] for name in lengths]
