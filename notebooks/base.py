@@ -1,4 +1,4 @@
-"""The pretrained base as one file to hand out, because pretraining takes a quarter of an hour.
+"""The pretrained base as one file to hand out, because pretraining takes some minutes.
 
 python notebooks/base.py                 base.safetensors -> out/base-..., where train.py looks for it
 python notebooks/base.py --pack          out/base-... -> base.safetensors

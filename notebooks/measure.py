@@ -5,7 +5,7 @@
     python notebooks/measure.py q8.py                                         q8: teacher and student, before and after
 
 Everything starts from the base of seed 0; q6 and q7 are type A. q6 draws prompts, held-out words and probes anew for every
-seed, and counts the tokens of the answers that were learned from. Without a base in out/ one is pretrained first (14 minutes).
+seed, and counts the tokens of the answers that were learned from. Without a base in out/ one is pretrained first (a few minutes).
 """
 
 from __future__ import annotations
