@@ -178,7 +178,7 @@ def forgetting_page(records: list[dict], plt) -> tuple[str, object]:
                 color = COLORS[family(method)]
                 axis.plot(n["lost"], y, "o", color=color, mfc=color if learned else "white")
         axis.set(
-            title=f"{LETTERS[context]}  {context}", xlim=(-0.03, 1.0), xlabel="exact match lost"
+            title=f"{LETTERS[context]}  {context}", xlim=(-0.04, 1.04), xlabel="exact match lost"
         )
         axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         bare(axis)
@@ -353,10 +353,12 @@ def razor_page(records: list[dict], plt) -> tuple[str, object]:
         for name, (mark, color) in marks.items():
             x, y = ([p[k] for p in groups[name]] for k in (key, "lost"))
             axis.plot(x, y, mark, color=color, markersize=4, alpha=0.6, label=name)
-        axis.set(xlabel=f"KL(base‖tuned) on {on} prompts, nats per token (log above .01)")
         axis.set(title=f"Measured on {on} prompts", xlim=(0, None))
         axis.set_xscale("symlog", linthresh=0.01)
         bare(axis)
+    figure.supxlabel(
+        "KL(base‖tuned), nats per token: linear below .01, logarithmic above", fontsize=10
+    )
     axes[0].set_ylabel("old skills lost (exact match)")
     axes[0].legend(frameon=False, fontsize=8)
     rows = []
@@ -431,7 +433,7 @@ def anchors_page(records: list[dict], plt) -> tuple[str, object]:
                 learned = n["score"] >= ENOUGH * n["teacher"]
                 axis.plot(n["lost"], y, "o", color=color, mfc=color if learned else "white")
         axis.set(title=f"{LETTERS[context]}  {context}", xlabel="old skills lost (exact match)")
-        axis.set(xlim=(-0.03, 1))
+        axis.set(xlim=(-0.04, 1.04))
         axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         bare(axis)
     axes[0].set_yticks(range(len(ways)), ways)
