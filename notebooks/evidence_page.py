@@ -524,7 +524,7 @@ def straight_page(records: list[dict], plt) -> tuple[str, object]:
                 title=title, xlabel=f"α: {ends.get(which, 'one tuned model (0) to another (1)')}"
             )
             bare(axis)
-        line[0].set_ylabel(which)
+        line[0].set(ylabel=which, ylim=(-0.03, 1.05))
         line[0].legend(frameon=False, fontsize=7)
     head = ["line", "method", "barrier, new task", "barrier, old data", "lowest score", "most lost"]
     text = "A barrier: how far the loss (nats per token) rises above the straight line between its two ends, at most.\n\n"
@@ -733,9 +733,9 @@ def quality_page(records: list[dict], plt) -> tuple[str, object]:
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(xlabel="score (the teacher's in its worse context, the student's without any)")
-    axis.set(xlim=(-0.03, 1.03), title="As good as its teacher, never better")
+    axis.set(xlim=(-0.03, 1.03), title="The student beside its teacher")
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axis.legend(frameon=False, loc="center right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     bare(axis)
     head = ["", "context", "teacher", "student after", "student less teacher", "old skills lost"]
     return table(head, rows), figure
