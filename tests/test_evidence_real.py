@@ -207,3 +207,8 @@ def test_committed_grades_are_those_of_the_committed_answers():
         for i, name in enumerate(("form", "content", "both")):
             values = [grade[i] for grade in grades if grade[i] is not None]
             assert sum(values) / len(values) == pytest.approx(answers[name])
+
+
+def test_committed_records_are_of_this_code_and_data():
+    records = [json.loads(path.read_text()) for path in (real.OUT / "runs").glob("*.json")]
+    assert len(records) == 15 and {record["code"] for record in records} == {real.code()}
