@@ -19,7 +19,7 @@ SOURCES = sorted(NOTEBOOKS.glob("0*.py"))
 # Those that need the pretrained base take minutes, some more where it is not in out/ yet.
 RUNS = []
 for source in SOURCES:
-    slow = re.search("get_base|SmolLM2", source.read_text())
+    slow = "01" in source.name or re.search("get_base|SmolLM2", source.read_text())
     RUNS.append(pytest.param(source, marks=[pytest.mark.slow] if slow else []))
 
 
@@ -259,6 +259,7 @@ def test_the_teacher_of_01_may_stand_on_an_edge(capsys, monkeypatch):
     assert re.findall("infinite for (\\d+)", said) == ["0", str(len(names["fine"])), "0"]
 
 
+@pytest.mark.slow
 def test_01_runs_to_its_end_with_another_teacher(tmp_path):
     """Also one that rules a word out: P itself, in the first cells, is what readers change."""
     pytest.importorskip("matplotlib")

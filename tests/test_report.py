@@ -178,7 +178,7 @@ def test_zeros_are_seen_and_no_axis_is_empty(tmp_path, monkeypatch):
     runs = [whole(verbs=1.0, seed=seed) for seed in (0, 1)]
     axes, legend = drawn(monkeypatch, runs, tmp_path / "figure.png")
     assert numbers(axes["Forgotten"]) == ["0"]
-    assert axes["Forgotten"].get_ylim() == (0, pytest.approx(0.115))
+    assert axes["Forgotten"].get_ylim() == pytest.approx((0, 0.115), abs=1e-6)
     assert "a seed" in legend
     points = axes["Forgotten"].collections[-1].get_offsets()
     assert points[:, 1].tolist() == [0.0, 0.0]
