@@ -845,7 +845,9 @@ def jobs(what: str, seed: int) -> list[dict]:
     if what == "state":
         return starts + [rl_from(name, "exact", 0.0, seed) for name in five]
     if what == "state-kl":
-        return starts + [rl_from(name, "exact", 0.1, seed) for name in five]
+        three = ["base", "SFT", "COSD"]
+        rows = [job for job in starts if job["start"] in three]
+        return rows + [rl_from(name, "exact", 0.1, seed) for name in three]
     if what == "hacking":
         return starts[:1] + [rl_from("base", "score", 0.0, seed)]
     if what in ("over", "over-more"):
