@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import torch
+from evidence import rounded
 from instruct import cosine, gradient, prefix_greedy, prefix_loss
 from rlhf import (
     RL,
@@ -915,15 +916,6 @@ def do(job, options) -> None:
     unfinished.write_text(json.dumps(rounded(record)))
     unfinished.replace(path)
     print(f"{name_of(job)}: {record['seconds']:.0f} s", flush=True)
-
-
-def rounded(value):
-    """Five digits are enough for a record."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def main(argv=None) -> int:
